@@ -1,0 +1,476 @@
+"""The command line: one verb, one function; errors in three parts; exit codes 0, 1, 2 and 75.
+
+`main` looks a verb up in VERBS and calls its function with the remaining words. Nothing heavy is
+imported before a verb needs it, so that `fledge --help` is instant. This module decides nothing
+about training; it reads words, calls one function and prints what comes back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fledge
+from fledge.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    FledgeError,
+    Interrupted,
+    UserError,
+)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One word after `fledge`: its function, how it is called, what it does."""
+
+    function: Callable[[list[str]], int]
+    usage: str
+    summary: str
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UserError, with the nearest flag, instead of leaving the program."""
+
+    def __init__(self, verb: str, summary: str) -> None:
+        super().__init__(
+            prog=f"fledge {verb}",
+            description=summary,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown.group(1), flags, n=1) if unknown else []
+        raise UserError(
+            f"{self.prog}: {message}",
+            "these words do not make a command",
+            f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`",
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    if words[:1] == ["--debug"]:
+        del words[0]
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        _complain(f"error: {error}", debug=debug)
+        return error.exit_code
+    except Interrupted as error:
+        _complain(f"{error}; run the same command again to go on", debug=False)
+        return error.exit_code
+    except FledgeError as error:
+        _complain(f"error: {error}", debug=debug)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("stopped; run the same command again to go on from the last save", debug=False)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader (head, less) has enough; keep Python from complaining once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else EXIT_USER_ERROR
+    except Exception as error:
+        _complain(
+            f"error: fledge itself failed with {type(error).__name__}: {error}\n"
+            "  why: this is a bug, not a mistake of yours\n"
+            "  fix: run it again with --debug and send us what it prints",
+            debug=debug,
+        )
+        return EXIT_BUG
+
+
+def _complain(text: str, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(text, file=sys.stderr)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return EXIT_DONE
+    if words[0] in ("--version", "version"):
+        print(f"fledge {fledge.__version__}")
+        return EXIT_DONE
+    verb = VERBS.get(words[0])
+    if verb is None:
+        near = difflib.get_close_matches(words[0], VERBS, n=1)
+        raise UserError(
+            f"there is no command {words[0]!r}",
+            f"the commands are {', '.join(VERBS)}",
+            f"did you mean `fledge {near[0]}`?" if near else "see `fledge --help`",
+        )
+    return verb.function(words[1:])
+
+
+def help_text() -> str:
+    """What `fledge --help` prints."""
+    lines = [
+        "fledge: raise a language model from raw text to a chat assistant, and own all of it",
+        "",
+    ]
+    for name, verb in VERBS.items():
+        lines += [f"  fledge {name} {verb.usage}", f"      {verb.summary}"]
+    lines += [
+        "",
+        "start here: `fledge run quickstart`, then `fledge chat runs/quickstart`",
+        "`fledge VERB --help` explains a verb; --debug shows tracebacks; exit codes: 0 done,",
+        "1 your error, 2 our bug, 75 interrupted (the same command goes on).",
+    ]
+    return "\n".join(lines)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# -- run and plan: section overrides -------------------------------------------------------------
+
+
+def verb_run(words: list[str]) -> int:
+    """`fledge run`: carry a recipe through its stages."""
+    from fledge.plan.planner import require_text
+
+    parser = _recipe_parser("run")
+    parser.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument("--restart", metavar="STAGE", help="redo this stage and all later ones")
+    args, recipe_name, recipe = _recipe_of(parser, words)
+    require_text(recipe)
+    from fledge.stages.pipeline import run_recipe
+
+    out = args.out or Path("runs") / recipe_name
+    run = run_recipe(recipe, recipe_name, out, until=args.until, restart=args.restart)
+    shown = os.path.relpath(run.path) if run.path.is_relative_to(Path.cwd()) else str(run.path)
+    if run.report_file("md").is_file():
+        print(f"report: {shown}/{run.report_file('md').name}")
+    if run.last_model() is not None:
+        print(f"talk to it: fledge chat {shown}")
+    return EXIT_DONE
+
+
+def verb_plan(words: list[str]) -> int:
+    """`fledge plan`: what a recipe would do here, or elsewhere, and what it would cost."""
+    from fledge.config import DataSection, ModelSection, Recipe
+    from fledge.plan import hardware, planner, show
+
+    parser = _recipe_parser("plan")
+    parser.add_argument("--depth", type=int, help="plan a depth on real text instead of a recipe")
+    parser.add_argument("--hardware", help='what it runs on, for example "8xh100" (default: here)')
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    start: tuple[str, Recipe] | None = None
+    if "--depth" in words or any(word.startswith("--depth=") for word in words):
+        # argparse will read it again; here it only decides what the overrides apply to
+        start = ("", Recipe(data=DataSection(world=planner.NO_WORLD)))
+    args, name, recipe = _recipe_of(parser, words, start=start)
+    if args.depth is not None:
+        import dataclasses
+
+        recipe = dataclasses.replace(
+            recipe, model=dataclasses.replace(recipe.model or ModelSection(), depth=args.depth)
+        )
+        name = f"depth {args.depth}"
+    where = hardware.parse(args.hardware) if args.hardware else hardware.detect()
+    plan = planner.resolve(recipe, where)
+    if args.json:
+        _print_json({"name": name, **plan.to_dict()})
+    else:
+        print(show.plan_text(name, plan), end="")
+    return EXIT_DONE
+
+
+def _recipe_parser(verb: str) -> Parser:
+    parser = Parser(verb, VERBS[verb].summary)
+    parser.add_argument("recipe", nargs="?", help="a built-in recipe or a .toml file")
+    parser.epilog = (
+        "every key of the recipe can be given as --section.key VALUE (None = the planner decides)"
+    )
+    return parser
+
+
+def _recipe_of(
+    parser: Parser, words: list[str], *, start: tuple[str, Any] | None = None
+) -> tuple[argparse.Namespace, str, Any]:
+    """(own flags, recipe name, recipe with the overrides of the command line)."""
+    from fledge import config
+
+    own, overrides = split_overrides(words)
+    if any(word in ("-h", "--help") for word in own):
+        names = ", ".join(config.builtin_recipes())
+        parser.epilog = f"built-in recipes: {names}\n{parser.epilog}"
+        parser.print_help()
+        if parser.prog == "fledge run":
+            print()
+            _tyro(config.Recipe(), ["--help"])
+        raise SystemExit(EXIT_DONE)
+    args = parser.parse_args(own)
+    if start is None and args.recipe is None:
+        raise UserError(
+            "which recipe?",
+            "a recipe says what to build",
+            f"the built-in ones are {', '.join(config.builtin_recipes())}: `{parser.prog} tiny`",
+        )
+    name, recipe = start or config.load_recipe(args.recipe)
+    return args, name, override(recipe, overrides)
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """(a verb's own words, the --section.key words with their values)."""
+    from fledge import config
+
+    sections = tuple(f"--{section}." for section in config.recipe_to_dict(config.Recipe()))
+    own: list[str] = []
+    overrides: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if not re.match(r"--[a-z_]+\.", word):
+            own.append(word)
+            continue
+        if not word.startswith(sections):
+            section = word[2:].partition(".")[0]
+            near = difflib.get_close_matches(section, [s[2:-1] for s in sections], n=1)
+            raise UserError(
+                f"unknown section in {word}",
+                f"the sections are {', '.join(s[2:-1] for s in sections)}",
+                f"did you mean --{near[0]}.{word.partition('.')[2]}?" if near else "see --help",
+            )
+        overrides.append(word)
+        if "=" in word:
+            continue
+        many = _takes_many(word[2:])
+        while position < len(words) and not words[position].startswith("--"):
+            overrides.append(words[position])
+            position += 1
+            if not many:
+                break
+    return own, overrides
+
+
+def _takes_many(key: str) -> bool:
+    return key.partition(".")[2].replace("-", "_") in ("tasks", "stages", "files", "mixture")
+
+
+def override(recipe: Any, words: list[str]) -> Any:
+    """The recipe with `--section.key VALUE` words applied; UserError names what is wrong."""
+    from fledge import config
+
+    if not words:
+        return recipe
+    import dataclasses
+
+    keys = [
+        f"--{s.name}.{k.name}"
+        for s in dataclasses.fields(recipe)
+        for k in dataclasses.fields(getattr(recipe, s.name))
+    ]
+    for word in words:
+        flag = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        if word.startswith("--") and flag not in keys:
+            near = difflib.get_close_matches(flag, keys, n=1)
+            raise UserError(
+                f"unknown setting {word}",
+                "no recipe has such a key",
+                f"did you mean {near[0]}?" if near else "see `fledge run --help`",
+            )
+    given = _tyro(recipe, words)
+    # through the TOML path once more: one place checks types and ranges
+    return config.recipe_from_dict(config.recipe_to_dict(given), where="the command line")
+
+
+def _tyro(default: Any, words: list[str]) -> Any:
+    import tyro
+
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                type(default),
+                default=default,
+                args=words,
+                prog="fledge run RECIPE",
+                use_underscores=True,
+            )
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        text = re.sub("[\u2500-\u257f]+", " ", captured.getvalue())
+        text = re.split(r"Argument helptext|For full helptext", text)[0]
+        title, _, rest = " ".join(text.split()).partition(" " * 2)
+        raise UserError(
+            f"cannot read {' '.join(words)}", f"{title} {rest}".strip(), "see `fledge run --help`"
+        ) from None
+
+
+# -- the other verbs -----------------------------------------------------------------------------
+
+
+def verb_doctor(words: list[str]) -> int:
+    """`fledge doctor`: what this machine has and what is missing."""
+    parser = Parser("doctor", VERBS["doctor"].summary)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    args = parser.parse_args(words)
+    from fledge import doctor
+
+    findings = doctor.examine()
+    if args.json:
+        _print_json(findings)
+    else:
+        print(doctor.findings_text(findings), end="")
+    return EXIT_DONE
+
+
+def verb_eval(words: list[str]) -> int:
+    """`fledge eval`: give a model its exams."""
+    parser = Parser("eval", VERBS["eval"].summary)
+    parser.add_argument("model", type=Path, help="a run directory or a checkpoint folder")
+    parser.add_argument("--tasks", help="names with commas between; default: all the data offers")
+    parser.add_argument("--max-examples", type=positive, help="at most this many of each task")
+    parser.add_argument("--data-root", help="folder with task files (default: FLEDGE_DATA)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    args = parser.parse_args(words)
+    _require_folder(args.model)
+    from fledge.stages.evaluate import evaluate_model
+
+    tasks = tuple(t.strip() for t in args.tasks.split(",") if t.strip()) if args.tasks else None
+    result = evaluate_model(args.model, tasks, args.max_examples, args.data_root)
+    if args.json:
+        _print_json(result)
+        return EXIT_DONE
+    from fledge.report import scores_text
+
+    print(scores_text(result), end="")
+    return EXIT_DONE
+
+
+def verb_chat(words: list[str]) -> int:
+    """`fledge chat`: talk to a model."""
+    parser = Parser("chat", VERBS["chat"].summary)
+    parser.add_argument("model", type=Path, help="a run directory or a checkpoint folder")
+    parser.add_argument("-p", "--prompt", help="ask once and leave; - reads standard input")
+    parser.add_argument("--system", help="a system message to begin with")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--max-tokens", type=positive, default=256, help="longest answer")
+    parser.add_argument(
+        "--sample-conversation", action="store_true", help="ask five fitting questions and leave"
+    )
+    args = parser.parse_args(words)
+    _require_folder(args.model)
+    from fledge import chat
+
+    settings = chat.Settings(
+        temperature=args.temperature,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        system=args.system,
+    )
+    if args.sample_conversation:
+        return chat.sample_conversation(args.model, settings)
+    if args.prompt is not None:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        return chat.one_shot(args.model, prompt, settings)
+    return chat.talk(args.model, settings)
+
+
+def verb_report(words: list[str]) -> int:
+    """`fledge report`: render the report again, or two runs side by side."""
+    parser = Parser("report", VERBS["report"].summary)
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("other", type=Path, nargs="?", help="another one to compare with")
+    args = parser.parse_args(words)
+    from fledge import report
+    from fledge.run import Run
+
+    run = Run.read(args.run)
+    if args.other is not None:
+        print(report.compare(run, Run.read(args.other)), end="")
+        return EXIT_DONE
+    report.render(run)
+    print(run.report_file("md").read_text(encoding="utf-8"), end="")
+    return EXIT_DONE
+
+
+def verb_data(words: list[str]) -> int:
+    """`fledge data`: make, check, list and describe data."""
+    from fledge.cli_data import data
+
+    return data(words)
+
+
+def verb_tok(words: list[str]) -> int:
+    """`fledge tok`: train, measure and use a tokenizer."""
+    from fledge.cli_data import tok
+
+    return tok(words)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("it must be 1 or more")
+    return number
+
+
+def _require_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(
+            f"there is no folder {path}",
+            "a model is a run directory or a checkpoint folder",
+            "train one with `fledge run quickstart`, or mind the spelling",
+        )
+
+
+VERBS: dict[str, Verb] = {
+    "run": Verb(
+        verb_run,
+        "RECIPE [--out DIR] [--until STAGE] [--restart STAGE] [--section.key VALUE ...]",
+        "train through every stage: finishes what is unfinished, skips what is done",
+    ),
+    "plan": Verb(
+        verb_plan,
+        "RECIPE|--depth N [--hardware 8xh100] [--json]",
+        "every derived number with its rule, and time, memory and dollars",
+    ),
+    "doctor": Verb(
+        verb_doctor, "[--json]", "what this machine has, what will be used, what is missing"
+    ),
+    "data": Verb(
+        verb_data,
+        "list | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE | stats PATH",
+        "worlds and your own text",
+    ),
+    "tok": Verb(verb_tok, "train|eval|encode|decode ...", "the tokenizer by itself"),
+    "eval": Verb(
+        verb_eval,
+        "MODEL [--tasks A,B] [--max-examples N] [--json]",
+        "exams of a run's last stage or of a checkpoint folder, with intervals",
+    ),
+    "chat": Verb(verb_chat, "MODEL [-p PROMPT]", "talk to a model"),
+    "report": Verb(verb_report, "RUN [RUN2]", "render the report again; two runs side by side"),
+}

@@ -1,0 +1,386 @@
+"""Every number and name a person can decide: frozen dataclasses, TOML in and out.
+
+A `Recipe` is what the user asked for. A key that is `None` means "the planner decides"
+(`fledge.plan.planner` turns a recipe into a `Plan`). `ModelConfig` is the shape of one network in
+Hugging Face names. Keys tagged *execution* change how fast or where a run happens, never its
+numbers, and so never enter a fingerprint. This module reads and writes TOML; it never derives a number and
+never imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from fledge.errors import UserError
+
+STAGES = ("tokenizer", "base", "mid", "sft", "rl", "evaluate")
+TRAINED_STAGES = ("base", "mid", "sft", "rl")
+
+
+def execution(default: Any) -> Any:
+    """A field that changes speed or place only; it stays out of every fingerprint."""
+    return field(default=default, metadata={"execution": True})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one Transformer, in Hugging Face names (Qwen3 when arch is "qwen3")."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    arch: str = "qwen3"
+
+    def __post_init__(self) -> None:
+        assert self.num_attention_heads % self.num_key_value_heads == 0, self
+        assert self.head_dim % 2 == 0, self
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """[model]: the network. `depth` alone is enough."""
+
+    depth: int = 4
+    """Number of Transformer layers; the one dial from which every other size follows."""
+    arch: Literal["qwen3"] = "qwen3"
+    """Architecture. qwen3 is exactly Qwen3 and loads in transformers, vLLM and llama.cpp."""
+    max_seq_len: int | None = None
+    """Training context in tokens, exported as max_position_embeddings."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward layer."""
+    head_dim: int | None = None
+    """Width of one attention head."""
+    num_key_value_heads: int | None = None
+    """Key/value heads (fewer than query heads = grouped-query attention)."""
+    tie_word_embeddings: bool | None = None
+    """Share the embedding matrix with the output head."""
+    rope_theta: float | None = None
+    """Base of the rotary position frequencies."""
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """[data]: what the model is raised on."""
+
+    source: str | None = None
+    """A folder or file of .txt .md .jsonl .parquet (also .gz .zst): real text; absent = a world."""
+    world: str = "almanac"
+    """The built-in world (almanac, village) or the path of a CSV table of your own facts."""
+    seed: int = 0
+    """Seed of the world, of the train/validation split and of the document order."""
+    root: str | None = None
+    """Folder with task files (gsm8k, mmlu, arc, humaneval, sft); default: FLEDGE_DATA."""
+    val_fraction: float = 0.01
+    """Share of the documents of `source` kept for validation."""
+    max_bytes: int | None = None
+    """Read at most this many bytes of text from `source` (absent = 400 MB, which memory holds)."""
+
+
+@dataclass(frozen=True)
+class TokenizerSection:
+    """[tokenizer]: byte-level BPE."""
+
+    vocab_size: int | None = None
+    """Bytes + merges + special tokens + padding, a multiple of 128."""
+    pattern: Literal["qwen2", "llama3", "gpt4-2"] = "qwen2"
+    """How text is split before merging (qwen2: single digits)."""
+    train_bytes: int | None = None
+    """How many bytes of the training documents the merges are learnt from."""
+
+
+@dataclass(frozen=True)
+class BaseSection:
+    """[base]: pretraining on raw text."""
+
+    tokens: int | None = None
+    """Tokens to train on; wins over tokens_per_param."""
+    tokens_per_param: float | None = None
+    """Tokens per matrix parameter (blocks + head) when `tokens` is absent."""
+    global_batch_tokens: int | None = None
+    """Tokens per optimizer step, over all devices."""
+    device_batch_size: int | None = execution(None)
+    """Rows per device and forward pass (absent = the planner's choice for this machine)."""
+    matrix_lr: float | None = None
+    """Learning rate of Muon, for the matrices of the blocks."""
+    embed_lr: float | None = None
+    """Learning rate of AdamW for the embedding (and tied head)."""
+    head_lr: float | None = None
+    """Learning rate of AdamW for the untied output head."""
+    norm_lr: float | None = None
+    """Learning rate of AdamW for the norm weights."""
+    weight_decay: float | None = None
+    """Weight decay of the matrices (decoupled, multiplied by the learning rate)."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    cooldown_fraction: float | None = None
+    """Share of the steps over which the learning rate falls linearly."""
+    final_lr_fraction: float | None = None
+    """Learning rate at the very end, as a share of the peak."""
+    eval_every: int | None = None
+    """Steps between two measurements of validation bits per byte."""
+    eval_tokens: int | None = None
+    """Validation tokens for one measurement."""
+    save_every: int | None = None
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Seed of the initial weights."""
+
+
+@dataclass(frozen=True)
+class ChatSection:
+    """Training on conversations; the shape of [mid] and [sft]."""
+
+    tokens: int | None = None
+    """Tokens to train on."""
+    global_batch_tokens: int | None = None
+    """Tokens per optimizer step, over all devices."""
+    device_batch_size: int | None = execution(None)
+    """Rows per device and forward pass (absent = as base)."""
+    lr_scale: float | None = None
+    """Learning rates as a share of base's peak."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    cooldown_fraction: float | None = None
+    """Share of the steps over which the learning rate falls linearly."""
+    final_lr_fraction: float | None = None
+    """Learning rate at the very end, as a share of the peak."""
+    mixture: dict[str, float] | None = None
+    """Weight of each kind of conversation (prose = base's text); absent = the data's own mix."""
+    files: tuple[str, ...] = ()
+    """Extra JSONL files of conversations in OpenAI's message format."""
+    eval_every: int | None = None
+    """Steps between two measurements of validation loss."""
+    save_every: int | None = None
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Seed of the order of the conversations."""
+
+
+@dataclass(frozen=True)
+class RlSection:
+    """[rl]: reinforcement (GRPO) on problems whose answer can be checked, with the python tool."""
+
+    steps: int | None = None
+    """Optimizer steps; 0 skips the stage."""
+    prompts_per_step: int | None = None
+    """Different problems per step."""
+    samples_per_prompt: int | None = None
+    """Rollouts per problem: the group whose mean reward is the baseline."""
+    max_new_tokens: int | None = None
+    """Longest rollout in tokens."""
+    temperature: float | None = None
+    """Sampling temperature of the rollouts."""
+    lr_scale: float | None = None
+    """Learning rates as a share of base's peak."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    cooldown_fraction: float | None = None
+    """Share of the steps over which the learning rate falls linearly."""
+    final_lr_fraction: float | None = None
+    """Learning rate at the very end, as a share of the peak."""
+    eval_every: int | None = None
+    """Steps between two measurements on held-out problems."""
+    save_every: int | None = None
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Seed of the problems' order and of the sampling."""
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """[evaluate]: the exams at the end."""
+
+    tasks: tuple[str, ...] | None = None
+    """Task names; absent = every task that the data offers."""
+    stages: tuple[str, ...] = ("mid", "sft", "rl")
+    """Whose last checkpoint is examined."""
+    max_examples: int | None = None
+    """At most this many examples of a task; absent = all."""
+    samples: int = 8
+    """Transcripts per task that the report shows."""
+
+
+@dataclass(frozen=True)
+class HardwareSection:
+    """[hardware]: where it runs; never part of the result."""
+
+    device: str | None = execution(None)
+    """cpu, cuda or mps; absent = the best there is."""
+    threads: int | None = execution(None)
+    """CPU threads; absent = all cores."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a person decides about a run; everything else follows from it."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    base: BaseSection = field(default_factory=BaseSection)
+    mid: ChatSection = field(default_factory=ChatSection)
+    sft: ChatSection = field(default_factory=ChatSection)
+    rl: RlSection = field(default_factory=RlSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    hardware: HardwareSection = field(default_factory=HardwareSection)
+
+
+def is_execution(section: type, name: str) -> bool:
+    """True if the key changes only speed or place."""
+    (found,) = [f for f in fields(section) if f.name == name]
+    return bool(found.metadata.get("execution", False))
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Name -> TOML text of the recipes that come with fledge."""
+    folder = resources.files("fledge") / "recipes"
+    names = sorted(p.name for p in folder.iterdir() if p.name.endswith(".toml"))
+    return {n[: -len(".toml")]: (folder / n).read_text(encoding="utf-8") for n in names}
+
+
+def load_recipe(name_or_path: str) -> tuple[str, Recipe]:
+    """The (name, Recipe) of a built-in recipe or of a TOML file.
+
+    Raises UserError for an unknown name, a broken file, an unknown key or a value of a wrong type.
+    """
+    builtin = builtin_recipes()
+    if name_or_path in builtin:
+        return name_or_path, parse_recipe(builtin[name_or_path], where=f"recipe {name_or_path}")
+    path = Path(name_or_path)
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, builtin, n=1)
+        hint = f"did you mean {near[0]}?" if near else "give a name or the path of a .toml file"
+        raise UserError(
+            f"there is no recipe called {name_or_path!r}",
+            f"the built-in recipes are {', '.join(builtin)}, and no such file exists",
+            hint,
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the recipe {path}", str(error), "give a readable UTF-8 TOML file"
+        ) from None
+    return path.stem, parse_recipe(text, where=str(path))
+
+
+def parse_recipe(text: str, *, where: str) -> Recipe:
+    """The Recipe that TOML text describes; `where` names its origin in errors."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(
+            f"{where} is not valid TOML", str(error), "mend that line; see docs/recipes.md"
+        ) from None
+    return recipe_from_dict(tables, where=where)
+
+
+def recipe_from_dict(tables: dict[str, Any], *, where: str) -> Recipe:
+    """The Recipe of a dict of tables, every key and type checked."""
+    sections = {f.name: typing.get_type_hints(Recipe)[f.name] for f in fields(Recipe)}
+    built = {}
+    for section_name, table in tables.items():
+        if section_name not in sections:
+            raise _unknown(f"[{section_name}]", section_name, list(sections), where)
+        if not isinstance(table, dict):
+            raise UserError(
+                f"{section_name} = {table!r} in {where}",
+                f"{section_name} is a section, not a value",
+                f"write [{section_name}] and its keys below it",
+            )
+        built[section_name] = _section_from_dict(
+            sections[section_name], table, section_name=section_name, where=where
+        )
+    return Recipe(**built)
+
+
+def _section_from_dict(
+    section: type, table: dict[str, Any], *, section_name: str, where: str
+) -> Any:
+    hints = typing.get_type_hints(section)
+    values = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise _unknown(f"{section_name}.{key}", key, list(hints), where)
+        try:
+            values[key] = _coerce(value, hints[key])
+        except TypeError as error:
+            raise UserError(
+                f"{section_name}.{key} = {value!r} in {where}",
+                f"it must be {error}",
+                f"see `fledge run --help` for what {section_name}.{key} means",
+            ) from None
+    return section(**values)
+
+
+def _unknown(what: str, key: str, known: list[str], where: str) -> UserError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    fix = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+    return UserError(f"unknown key {what} in {where}", "no such setting exists", fix)
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """`value` as the annotated type; TypeError (with the type in words) if it does not fit."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (inner,) = [a for a in typing.get_args(hint) if a is not type(None)]
+        return _coerce(value, inner)
+    if origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise TypeError("one of " + ", ".join(map(str, typing.get_args(hint))))
+    if origin is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise TypeError("a list of strings")
+    if origin is dict:
+        numeric = isinstance(value, dict) and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value.values()
+        )
+        if numeric:
+            return {k: float(v) for k, v in value.items()}
+        raise TypeError("a table of numbers")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is hint:
+        return value
+    raise TypeError(
+        {int: "a whole number", float: "a number", str: "a string"}.get(hint, str(hint))
+    )
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Sections as plain dicts without the absent keys; ready for TOML and JSON."""
+    result = {}
+    for f in fields(recipe):
+        section = getattr(recipe, f.name)
+        table = {k: v for k, v in dataclasses.asdict(section).items() if v is not None}
+        result[f.name] = {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}
+    return result
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """TOML text from which `parse_recipe` makes the same Recipe."""
+    return tomli_w.dumps(recipe_to_dict(recipe))

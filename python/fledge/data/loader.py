@@ -1,0 +1,79 @@
+"""Batches of packed rows for the training loop, resumable to the row.
+
+`Loader` turns a `Documents` source (anything with `piece(i)`: ids and loss mask of document i of an
+endless, deterministic order) into batches of inputs, targets and weights. The global order depends
+on documents only, never on batch size or world size. Used by `stages`; consumed by `train.loop`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from fledge.data.pack import Packer, Piece
+
+
+class Documents(Protocol):
+    """An endless deterministic sequence of tokenised documents."""
+
+    def piece(self, index: int) -> Piece:
+        """Token ids [n] and loss mask [n] of document `index`."""
+        ...
+
+
+class Loader:
+    """Batches of `rows` rows; the state is the packer's."""
+
+    def __init__(self, documents: Documents, *, row_tokens: int, pad_id: int, split: bool) -> None:
+        # one token more than the context: inputs are row[:-1], targets row[1:]
+        self.packer = Packer(documents.piece, row_tokens + 1, pad_id, split)
+        self.padded = 0
+        self.total = 0
+
+    def batch(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids [rows, T + 1] int64 and mask [rows, T + 1] uint8 (mask 1 = train on this token)."""
+        picked = [self.packer.row() for _ in range(rows)]
+        ids = np.stack([p[0] for p in picked])
+        mask = np.stack([p[1] for p in picked])
+        self.padded += int((ids == self.packer.pad_id).sum())
+        self.total += ids.size
+        return ids, mask
+
+    def state(self) -> dict:
+        return self.packer.state() | {"padded": self.padded, "total": self.total}
+
+    def restore(self, state: dict) -> None:
+        self.packer.restore(state)
+        self.padded, self.total = state["padded"], state["total"]
+
+
+class Mixture:
+    """Several endless sources interleaved by weight; itself a `Documents`.
+
+    Which source gives document i is a fixed low-discrepancy schedule (largest deficit first), so a
+    mixture needs no random state and any prefix holds the right shares. `schedule_length` documents
+    are planned ahead and the plan repeats.
+    """
+
+    def __init__(self, sources: list[Documents], weights: list[float]) -> None:
+        assert len(sources) == len(weights) and all(w > 0 for w in weights), weights
+        self.sources = sources
+        total = sum(weights)
+        shares = [w / total for w in weights]
+        self.plan, counts = [], [0] * len(sources)
+        for step in range(1, 1001):
+            pick = max(range(len(sources)), key=lambda s: shares[s] * step - counts[s])
+            self.plan.append((pick, counts[pick]))
+            counts[pick] += 1
+        self.counts = counts
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, index inside that source) of document `index`."""
+        lap, place = divmod(index, len(self.plan))
+        source, offset = self.plan[place]
+        return source, lap * self.counts[source] + offset
+
+    def piece(self, index: int) -> Piece:
+        source, offset = self.locate(index)
+        return self.sources[source].piece(offset)

@@ -1,0 +1,202 @@
+"""Where the real tasks' rows are: local files first, then the Hugging Face hub, else a sentence.
+
+`TaskData(root)` looks for files such as gsm8k/train.jsonl.gz under `--data.root` or FLEDGE_DATA;
+what is not there is taken from the hub's original files if that is allowed and reachable, or from
+what an earlier run fetched. Rows come out in one shape whatever the origin. Used by
+`data.conversations` (training) and `evals.tasks` (exams). It reads rows and keeps them; it never
+judges an answer and never lacks a file in silence: `missing` tells in sentences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from fledge.data import hub
+from fledge.data.sources import SourceFile, find_files, json_lines
+from fledge.errors import UserError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+NOT_FOR_CHAT = ("preference_pairs", "fastchat_identity")  # pairs; another model's name in it
+
+
+class JsonRows(Sequence[Row]):
+    """A list of rows held as compact JSON and parsed on access: a third of the memory of dicts."""
+
+    def __init__(self, encoded: list[bytes]) -> None:
+        self._encoded = encoded
+
+    @classmethod
+    def of(cls, rows: Iterator[Row]) -> JsonRows:
+        return cls([json.dumps(row, ensure_ascii=False).encode("utf-8") for row in rows])
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> JsonRows: ...
+    def __getitem__(self, index: int | slice) -> Row | JsonRows:
+        if isinstance(index, slice):
+            return JsonRows(self._encoded[index])
+        return json.loads(self._encoded[index])
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """The original of a task file; `convert` turns its row into the local shape."""
+
+    repository: str
+    name: str
+    convert: Callable[[Row], Row]
+
+
+def _same(row: Row) -> Row:
+    return row
+
+
+def _arc(row: Row) -> Row:
+    labels = row["choices"]["label"]
+    return {
+        "id": row["id"],
+        "question": row["question"],
+        "choices": row["choices"]["text"],
+        "gold": labels.index(row["answerKey"]),
+    }
+
+
+def _hub_files() -> dict[str, HubFile]:
+    """Local name -> the hub's original file."""
+
+    def parquet(folder: str, split: str) -> str:
+        return f"{folder}{split}-00000-of-00001.parquet"
+
+    table = {
+        f"gsm8k/{s}": HubFile("openai/gsm8k", parquet("main/", s), _same) for s in ("train", "test")
+    }
+    for split in ("auxiliary_train", "dev", "validation", "test"):
+        table[f"mmlu/{split}"] = HubFile("cais/mmlu", parquet("all/", split), _same)
+    for level, folder in (("easy", "ARC-Easy/"), ("challenge", "ARC-Challenge/")):
+        for split in ("train", "validation", "test"):
+            original = HubFile("allenai/ai2_arc", parquet(folder, split), _arc)
+            table[f"arc/arc_{level}_{split}"] = original
+    table["humaneval/HumanEval"] = HubFile(
+        "openai/openai_humaneval", parquet("openai_humaneval/", "test"), _same
+    )
+    return table
+
+
+class TaskData:
+    """The rows of the real tasks by name, such as "gsm8k/train" or "sft/dolly_partial".
+
+    `root` is the recipe's data.root; None means the environment's FLEDGE_DATA; without either only
+    the hub is left. `use_hub=False` keeps to local files.
+    """
+
+    def __init__(self, root: str | Path | None = None, *, use_hub: bool = True) -> None:
+        chosen = root or os.environ.get("FLEDGE_DATA") or None
+        self.root = Path(chosen) if chosen else None
+        if self.root is not None and not self.root.is_dir():
+            where = "data.root" if root else "FLEDGE_DATA"
+            raise UserError(
+                f"{self.root} is not a folder",
+                f"{where} must name the folder that holds gsm8k/, mmlu/, arc/, humaneval/, sft/",
+                f"correct {where} or leave it out",
+            )
+        self.use_hub = use_hub
+        self._rows: dict[str, JsonRows | None] = {}
+        self._origins: dict[str, tuple[str, int, str]] = {}
+        self._missing: dict[str, str] = {}
+        self._hub_answers = True  # until a request shows otherwise
+
+    def rows(self, name: str) -> JsonRows | None:
+        """All rows of a file, or None if it cannot be had; `missing` then says why."""
+        if name not in self._rows:
+            self._rows[name] = self._load(name)
+        return self._rows[name]
+
+    def names(self, folder: str) -> list[str]:
+        """The names of the local files in a folder, sorted: names("sft") -> ["sft/...", ...]."""
+        place = self.root / folder if self.root else None
+        if place is None or not place.is_dir():
+            return []
+        stems = {_stem(path.name) for path in place.iterdir()}
+        return sorted(f"{folder}/{stem}" for stem in stems if stem is not None)
+
+    def missing(self) -> list[str]:
+        """A sentence for every file that was asked for and not found, in order of asking."""
+        return list(self._missing.values())
+
+    def why_missing(self, name: str) -> str:
+        """The sentence about one file that `rows` could not give."""
+        return self._missing.get(name, f"{name} holds no rows")
+
+    def manifest(self) -> list[tuple[str, int, str]]:
+        """(name or hub address, bytes, sha256) of every file that was used, sorted."""
+        return sorted(self._origins.values())
+
+    def _load(self, name: str) -> JsonRows | None:
+        local = self._local(name)
+        if local is not None:
+            self._note_origin(name, local.path, local.relative)
+            return JsonRows.of(row for _, row in json_lines(local))
+        original = _hub_files().get(name)
+        if original is None or not self.use_hub:
+            self._missing[name] = f"{name}.jsonl.gz is not under {self._where()}"
+            return None
+        path = self._fetch(name, original)
+        if path is None:
+            return None
+        self._note_origin(name, path, f"hub:{original.repository}/{original.name}")
+        return JsonRows.of(original.convert(row) for row in _parquet_rows(path))
+
+    def _local(self, name: str) -> SourceFile | None:
+        for suffix in SUFFIXES if self.root else ():
+            assert self.root is not None
+            path = self.root / f"{name}{suffix}"
+            if path.is_file():
+                (file,), _ = find_files(path)
+                return SourceFile(name + suffix, path, file.format, file.compression, file.size)
+        return None
+
+    def _fetch(self, name: str, original: HubFile) -> Path | None:
+        try:
+            (path,) = hub.fetch(original.repository, [original.name], network=self._hub_answers)
+            return path
+        except UserError as error:
+            self._hub_answers = self._hub_answers and not error.why.endswith(hub.UNREACHABLE)
+            self._missing[name] = (
+                f"{name}.jsonl.gz is not under {self._where()}, "
+                f"and {original.repository} on the hub: {error.why.rsplit(', and ', 1)[-1]}"
+            )
+            return None
+
+    def _where(self) -> str:
+        return str(self.root) if self.root else "data.root or FLEDGE_DATA (neither is set)"
+
+    def _note_origin(self, name: str, path: Path, shown: str) -> None:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._origins[name] = (shown, path.stat().st_size, digest)
+
+
+def _stem(file_name: str) -> str | None:
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if file_name.endswith(suffix):
+            return file_name.removesuffix(suffix)
+    return None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as table:
+        for batch in table.iter_batches(batch_size=256):
+            yield from batch.to_pylist()

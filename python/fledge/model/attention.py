@@ -1,0 +1,96 @@
+"""Causal self-attention with grouped-query heads, QK-norm and rotary positions, as in Qwen3.
+
+Used by `model.transformer`. One function, `attend`, does the arithmetic through torch's SDPA;
+`naive_attend` is its readable twin. Shapes: B batch, T tokens, H heads, K head_dim, L cache length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fledge.config import ModelConfig
+from fledge.model.kv_cache import KVCache
+from fledge.model.layers import RMSNorm, rotate
+
+
+@dataclass
+class CacheView:
+    """Where this forward pass reads and writes the cache.
+
+    `rows` are the slots of the batch (None = all slots in order); `positions` [B, T] is where each
+    token stands in its sequence; `length` is the longest sequence after this pass. `fresh` means
+    that every row starts at position 0, so nothing older has to be read.
+    """
+
+    cache: KVCache
+    rows: Tensor | None
+    positions: Tensor
+    length: int
+    fresh: bool
+
+    def slot_indices(self) -> Tensor:
+        if self.rows is not None:
+            return self.rows
+        return torch.arange(self.positions.shape[0], device=self.positions.device)
+
+    def mask(self) -> Tensor:
+        """[B, 1, T, L] True where a query may look: every earlier position of its own slot."""
+        keys = torch.arange(self.length, device=self.positions.device)
+        return keys <= self.positions[:, None, :, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v; causal when `mask` is None. q [B,H,T,K], k and v [B,H_kv,L,K]."""
+    grouped = q.shape[1] != k.shape[1]
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def naive_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The readable twin of `attend`; tests hold the two equal."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one layer (parameter names of Hugging Face's Qwen3)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None) -> Tensor:
+        batch, tokens, _ = x.shape
+        heads = (batch, tokens, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, K]
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, H_kv, T, K]
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
+        if view is not None:
+            view.cache.write(self.layer, view.slot_indices(), view.positions, k, v)
+            if not view.fresh:
+                k, v = view.cache.read(self.layer, view.rows, view.length)
+                mask = view.mask()
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))

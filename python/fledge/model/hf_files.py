@@ -1,0 +1,113 @@
+"""A model as a Hugging Face folder: config.json, generation_config.json, model.safetensors.
+
+Used by `Transformer.save` and `.load`. A folder written here loads in transformers as
+Qwen3ForCausalLM with no custom code; fp32 masters are kept as they are. Tokenizer files are
+`tokenizer.files`' business; training state is `train.checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fledge.config import ModelConfig
+from fledge.errors import UserError
+from fledge.model.transformer import Transformer
+
+_SHAPE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json of Qwen3; rope is written in both the old and the transformers-5 form."""
+    shape = {key: getattr(config, key) for key in _SHAPE_KEYS}
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **shape,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+
+
+def config_from_hf(table: dict[str, Any], *, where: str) -> ModelConfig:
+    """The ModelConfig of a config.json; UserError for another architecture or a missing key."""
+    if table.get("model_type") != "qwen3":
+        raise UserError(
+            f"{where} describes a {table.get('model_type')!r} model",
+            "fledge runs models of the qwen3 shape",
+            "give a folder that fledge wrote, or a Qwen3 checkpoint",
+        )
+    rope = table.get("rope_parameters") or {}
+    try:
+        shape = {key: table[key] for key in _SHAPE_KEYS}
+        theta = float(rope.get("rope_theta", table.get("rope_theta", 10000.0)))
+        return ModelConfig(**shape, rope_theta=theta)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{where} is not a complete model configuration",
+            f"{type(error).__name__}: {error}",
+            "write the checkpoint again, or take the one before it",
+        ) from None
+
+
+def save_model(
+    model: Transformer, folder: Path, *, token_ids: dict[str, int] | None = None
+) -> None:
+    """Writes the three files; `token_ids` adds bos_token_id, eos_token_id and pad_token_id."""
+    config = config_to_hf(model.config) | (token_ids or {})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    generation = {"do_sample": False, **(token_ids or {})}
+    (folder / "generation_config.json").write_text(
+        json.dumps(generation, indent=2) + "\n", encoding="utf-8"
+    )
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_model(folder: Path) -> Transformer:
+    """The Transformer of a folder, on the CPU, in float32."""
+    path = folder / "config.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is not a readable model folder",
+            f"{type(error).__name__}: {error}",
+            "give a checkpoint folder with config.json and model.safetensors, or a run directory",
+        ) from None
+    config = config_from_hf(table, where=str(path))
+    model = Transformer(config)
+    if config.tie_word_embeddings:
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    try:
+        model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    except RuntimeError as error:
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json",
+            str(error).splitlines()[0],
+            "take both files from the same checkpoint",
+        ) from None
+    return model

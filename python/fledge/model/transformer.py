@@ -1,0 +1,140 @@
+"""The Transformer: embedding, blocks, final norm, head. Exactly Qwen3 when arch is "qwen3".
+
+Used by `train` (loss), `engine` (hidden states with a cache, logits of the last position) and
+`evals` through the engine. Parameter names are Hugging Face's, so `state_dict()` is the checkpoint.
+Never knows about tokens' text, files of a run, or optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fledge.config import ModelConfig
+from fledge.model.attention import Attention, CacheView
+from fledge.model.kv_cache import KVCache
+from fledge.model.layers import RMSNorm, SwiGLU, linear_cross_entropy, rotary_table
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, view)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: the `model.` part of the parameter names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model of `config`'s shape; build with a seed, or `load` a folder."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = None) -> None:
+        """`seed` None leaves the weights as torch made them (they are about to be loaded)."""
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        cos, sin = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        if seed is not None:
+            self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Deterministic initial weights, the same for every world size.
+
+        Matrices that read the stream: uniform with std 1/sqrt(hidden); matrices that write to it:
+        zero, so that every block starts as the identity; the untied head: zero, so that the first
+        loss is exactly log(vocab_size) (nanochat, gpt.py, 92d63d4).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        bound = (3.0 / self.config.hidden_size) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("embed_tokens.weight"):
+                std = 0.02 if self.config.tie_word_embeddings else 0.8
+                parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                parameter.zero_()
+            else:
+                parameter.uniform_(-bound, bound, generator=generator)
+
+    def hidden(self, ids: Tensor, view: CacheView | None = None) -> Tensor:
+        """Normed states [B, T, D] of token ids [B, T]; with a view, cached tokens are seen too."""
+        if view is None:
+            cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]  # [T, K/2]
+        else:
+            cos, sin = self.cos[view.positions, None], self.sin[view.positions, None]
+            cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)  # [B, 1, T, K/2]
+        x = self.model.embed_tokens(ids)
+        for block in self.model.layers:
+            x = block(x, cos, sin, view)
+        return self.model.norm(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of token ids [B, T]."""
+        return self.lm_head(self.hidden(ids))
+
+    def loss_sum(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Summed weighted cross-entropy in nats: ids, targets and weights are [B, T]."""
+        x = self.hidden(ids).flatten(0, 1)
+        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), weights.flatten())
+
+    def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of every target in nats, [B, T], no gradient (validation, scoring)."""
+        with torch.no_grad():
+            hidden = self.hidden(ids)
+            rows = [
+                nn.functional.cross_entropy(self.lm_head(h).float(), t, reduction="none")
+                for h, t in zip(hidden, targets, strict=True)
+            ]
+        return torch.stack(rows)
+
+    def new_cache(self, slots: int, max_len: int) -> KVCache:
+        """An empty cache on the model's device."""
+        return KVCache(self.config, slots, max_len, device=self.cos.device)
+
+    def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The 2-D weights of the blocks: what Muon trains and what the scaling rules count."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and name.startswith("model.layers."):
+                yield name, parameter
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the Hugging Face weights and configs into an existing folder."""
+        from fledge.model.hf_files import save_model
+
+        save_model(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Transformer:
+        """The model of a Hugging Face folder (Qwen3). UserError if it is missing or damaged."""
+        from fledge.model.hf_files import load_model
+
+        return load_model(Path(folder))

@@ -1,0 +1,1 @@
+"""Optimizers: Muon for the matrices of the blocks, AdamW for everything else, and schedules."""

@@ -1,0 +1,87 @@
+"""Muon: momentum whose matrix updates are made orthogonal before they are applied.
+
+Jordan et al. 2024 (the Muon post and modded-nanogpt). Each matrix's momentum M = U S V^T is
+replaced by about U V^T, so that every direction of the matrix learns at the same speed. Used by
+`optim.groups`; parameters of one shape are stacked and orthogonalised together. Never sees
+embeddings, heads or norms: AdamW trains those.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# Polar Express (Amsel et al. 2025, arXiv 2505.16932), degree-5 odd polynomials, five steps: each
+# row a, b, c maps every singular value s to a s + b s^3 + c s^5 and drives it towards 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T in a stack [..., rows, columns]."""
+    x = matrices
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised per matrix, with decoupled weight decay.
+
+    The step of a rows x columns matrix is lr * sqrt(max(1, rows / columns)), so that the change of
+    the layer's output has the same size for every shape (Bernstein and Newhouse 2024). Weight
+    decay is cautious: it acts only where it agrees with the update's direction (arXiv 2411.16085).
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                self._step_one_shape(parameters, shape, group)
+
+    def _step_one_shape(self, parameters: list[Tensor], shape: torch.Size, group: dict) -> None:
+        momentum = group["momentum"]
+        updates = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
+            updates.append(parameter.grad.lerp(buffer, momentum))
+        scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
+        for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+            if group["weight_decay"]:
+                agrees = (update * parameter) > 0
+                shrink = group["lr"] * group["weight_decay"]
+                parameter.sub_(parameter * agrees, alpha=shrink)
+            parameter.sub_(update, alpha=scale)

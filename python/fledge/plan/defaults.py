@@ -1,0 +1,125 @@
+"""Every number the planner falls back on, in one place, each with where it came from.
+
+Read by `fledge.plan.planner` only. Numbers marked *tuned* were measured on our own runs
+(docs/log.md); the others carry their source.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from fledge.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Shape of a learning-rate curve: share of the steps that cool down, and where they end."""
+
+    cooldown: float
+    final: float
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rates with the rule that each follows."""
+
+    matrix: float
+    embed: float
+    head: float
+    norm: float
+    matrix_rule: str
+    embed_rule: str
+    head_rule: str
+    norm_rule: str
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The table. A change here changes every recipe that leaves the key out."""
+
+    # tokenizer
+    smallest_vocab: int = 384
+    """256 bytes + 12 special tokens, padded to 128."""
+    world_vocab_tiny: int = 1024
+    world_vocab: int = 4096
+    small_vocab: int = 8192
+    full_vocab: int = 32768
+    world_tokenizer_bytes: int = 4_000_000
+    small_tokenizer_bytes: int = 20_000_000
+    full_tokenizer_bytes: int = 2_000_000_000
+
+    # horizon and batch
+    tokens_per_param: float = 12.0
+    """nanochat 2026: reference/pipeline.md 6.1."""
+    d12_tokens: float = 1.321e9
+    """Tokens of nanochat's d12, the anchor of its batch rule."""
+    least_steps: int = 1500
+    """On a CPU 4,096 tokens per step reached a loss in 351 s for which 16,384 needed 520 s
+    (reference/measured.md C)."""
+    least_batch_tokens: int = 2048
+
+    # learning rates
+    matrix_lr: float = 0.02
+    """Muon's usual rate (nanochat, modded-nanogpt)."""
+    untied_embed_lr: float = 0.3
+    """AdamW for a table that is only looked up, at width 768 (nanochat)."""
+    head_lr: float = 0.004
+    """AdamW for an untied head (nanochat's unembedding)."""
+    tied_embed_lr: float = 0.01
+    """AdamW for a table that is also the head."""
+    norm_lr: float = 0.005
+    weight_decay: float = 0.1
+
+    # schedules
+    most_warmup_steps: int = 40
+    warmup_share: float = 0.02
+    most_save_every: int = 1000
+    schedules: dict[str, Schedule] = field(
+        default_factory=lambda: {
+            "base": Schedule(0.5, 0.05),
+            "mid": Schedule(0.8, 0.05),
+            "sft": Schedule(1.0, 0.0),
+            "rl": Schedule(0.5, 0.2),
+        }
+    )
+    chat_share: dict[str, float] = field(default_factory=lambda: {"mid": 0.3, "sft": 0.15})
+    most_chat_tokens: dict[str, int] = field(
+        default_factory=lambda: {"mid": 400_000_000, "sft": 100_000_000}
+    )
+    """About what the public chat mixtures hold (nanochat: 850K conversations in mid)."""
+    lr_scale: dict[str, float] = field(
+        default_factory=lambda: {"mid": 0.7, "sft": 0.35, "rl": 0.05}
+    )
+
+    # measuring
+    eval_share: int = 50
+    least_eval_tokens: int = 16_384
+    most_eval_tokens: int = 20 * 524_288
+    """nanochat's 20 x 524,288."""
+
+    # machine
+    memory_share: float = 0.6
+    cpu_tokens_per_pass: int = 8192
+
+    def learning_rates(self, model: ModelConfig, batch: int) -> LearningRates:
+        """Peak rates for a network and a batch (in tokens)."""
+        del batch  # no rule looks at it yet
+        if model.tie_word_embeddings:
+            embed, rule = self.tied_embed_lr, f"{self.tied_embed_lr:g}: the table is also the head"
+        else:
+            embed = self.untied_embed_lr * math.sqrt(768 / model.hidden_size)
+            rule = f"{self.untied_embed_lr:g} x (hidden_size / 768)^-0.5, as nanochat"
+        return LearningRates(
+            matrix=self.matrix_lr,
+            embed=embed,
+            head=self.head_lr * math.sqrt(768 / model.hidden_size),
+            norm=self.norm_lr,
+            matrix_rule=f"{self.matrix_lr:g}, Muon's usual rate at every width",
+            embed_rule=rule,
+            head_rule=f"{self.head_lr:g} x (hidden_size / 768)^-0.5, as nanochat (untied only)",
+            norm_rule=f"{self.norm_lr:g} at every width",
+        )
+
+
+DEFAULTS = Defaults()

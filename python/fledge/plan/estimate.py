@@ -1,0 +1,127 @@
+"""What a plan will cost: tokens, FLOPs, seconds, memory, disk and dollars, per stage.
+
+A first, true form: FLOPs are counted, speed is a share of what the machine's matmul reaches, and
+that share is a table, not a measurement of this machine. Every result says so in `basis`. Called by
+the planner; its seconds are also the weights of the progress bar.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fledge.config import ModelConfig
+from fledge.plan.hardware import Hardware
+from fledge.plan.memory import training_memory
+from fledge.plan.scaling import count
+
+# depth -> share of the bf16 peak while pretraining on GPUs: reference/planner.md 3.4
+_GPU_MFU = ((4, 0.15), (8, 0.28), (12, 0.40), (18, 0.46), (20, 0.48), (24, 0.50))
+_CPU_SHARE = 0.35
+"""Share of the cores' matmul rate that a small eager model reaches (measured.md C: 0.28-0.45)."""
+_DECODE_SHARE = 0.12
+"""Batched decoding reaches about a third of training's share."""
+_TOKENIZER_BYTES_PER_SECOND = 8e6
+_EXAM_TOKENS = 150
+_EXAM_ITEMS = 2400
+"""Items of all exams of a world together, and tokens per item (prompt and answer)."""
+
+
+def training_rate(model: ModelConfig, hardware: Hardware) -> float:
+    """Useful FLOP/s of the whole machine while training."""
+    if hardware.device == "cuda":
+        return hardware.peak_flops * hardware.device_count * _mfu(model.num_hidden_layers)
+    return hardware.matmul_flops * _CPU_SHARE
+
+
+def _mfu(depth: int) -> float:
+    """Straight lines between the table's rows."""
+    below = max((row for row in _GPU_MFU if row[0] <= depth), default=_GPU_MFU[0])
+    above = min((row for row in _GPU_MFU if row[0] >= depth), default=_GPU_MFU[-1])
+    if above[0] == below[0]:
+        return below[1]
+    part = (depth - below[0]) / (above[0] - below[0])
+    return below[1] + part * (above[1] - below[1])
+
+
+def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) -> dict[str, Any]:
+    """The estimates of a plan as one JSON-able dict."""
+    counts = count(model)
+    rate = training_rate(model, hardware)
+    forward = counts.flops_per_token / 3
+    stages: dict[str, dict[str, float]] = {
+        "tokenizer": {
+            "tokens": 0,
+            "flops": 0.0,
+            "seconds": 3 + values["tokenizer.train_bytes"] / _TOKENIZER_BYTES_PER_SECOND,
+        }
+    }
+    for stage in ("base", "mid", "sft"):
+        tokens = values[f"{stage}.tokens"]
+        measured = 8 * values["base.eval_tokens"] if stage == "base" else 0
+        flops = tokens * counts.flops_per_token + measured * forward
+        stages[stage] = {"tokens": tokens, "flops": flops, "seconds": 2 + flops / rate}
+    stages["rl"] = _rl(values, counts.flops_per_token, forward, rate)
+    stages["evaluate"] = _evaluate(values, forward, rate)
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    price = hardware.dollars_per_hour
+    for stage in stages.values():
+        stage["seconds"] = round(stage["seconds"], 1)
+        if price is not None:
+            stage["dollars"] = round(stage["seconds"] / 3600 * price, 4)
+    rows = values["base.device_batch_size"] * model.max_position_embeddings
+    memory = training_memory(model, rows, bytes_per_value=4 if hardware.device == "cpu" else 2)
+    return {
+        "parameters": counts.parameters,
+        "matrix_parameters": counts.matrix_parameters,
+        "scaling_parameters": counts.scaling_parameters,
+        "flops_per_token": counts.flops_per_token,
+        "tokens": sum(int(stage["tokens"]) for stage in stages.values()),
+        "flops": sum(stage["flops"] for stage in stages.values()),
+        "seconds": round(seconds, 1),
+        "dollars": None if price is None else round(seconds / 3600 * price, 2),
+        "memory_bytes": memory.total,
+        "disk_bytes": _disk(values, counts.parameters, counts.matrix_parameters),
+        "stages": stages,
+        "basis": _basis(model, hardware),
+    }
+
+
+def _rl(values: dict[str, Any], flops: float, forward: float, rate: float) -> dict[str, float]:
+    rollouts = values["rl.steps"] * values["rl.prompts_per_step"] * values["rl.samples_per_prompt"]
+    # answers end about halfway to the limit; prompts are about as long as answers
+    tokens = rollouts * values["rl.max_new_tokens"]
+    decode = tokens * forward / (rate * _DECODE_SHARE / _CPU_SHARE)
+    total = tokens * (flops + forward)
+    seconds = (2 + tokens * flops / rate + decode) if rollouts else 0.0
+    return {"tokens": tokens, "flops": total, "seconds": seconds}
+
+
+def _evaluate(values: dict[str, Any], forward: float, rate: float) -> dict[str, float]:
+    limit = values["evaluate.max_examples"]
+    items = _EXAM_ITEMS if limit is None else min(_EXAM_ITEMS, 5 * limit)
+    stages = len(values["evaluate.stages"]) - (
+        "rl" in values["evaluate.stages"] and not values["rl.steps"]
+    )
+    tokens = items * _EXAM_TOKENS * stages
+    flops = tokens * forward
+    seconds = 2 + flops / (rate * _DECODE_SHARE / _CPU_SHARE)
+    return {"tokens": 0, "flops": flops, "seconds": seconds}
+
+
+def _disk(values: dict[str, Any], parameters: int, matrices: int) -> int:
+    """Bytes of the two checkpoints with training state that each stage keeps."""
+    one = 4 * parameters + 4 * matrices + 8 * (parameters - matrices) + 3_000_000
+    stages = 4 if values["rl.steps"] else 3
+    return 2 * stages * one
+
+
+def _basis(model: ModelConfig, hardware: Hardware) -> str:
+    if hardware.device == "cuda":
+        share = f"{_mfu(model.num_hidden_layers):.0%} of the bf16 peak (from published runs)"
+    else:
+        how = "measured by fledge bench" if hardware.source == "measured" else "assumed per core"
+        share = f"{_CPU_SHARE:.0%} of the matmul rate, {how}"
+    return (
+        f"estimates: FLOPs are counted, speed is taken as {share}; "
+        "evaluation and rl are rougher than pretraining"
+    )

@@ -1,0 +1,69 @@
+"""How much memory training takes: weights, gradients, optimizer state, activations.
+
+A formula, not a measurement: within about 20 % on small models, and on the safe side. Called by the
+planner to choose the rows per forward pass. Source of the shape: reference/planner.md 3.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fledge.config import ModelConfig
+from fledge.plan.scaling import count
+
+ACTIVATION_BYTES = 34
+"""Bytes kept per token, layer and unit of width in bf16 (no checkpointing); fp32 keeps twice."""
+PROCESS_BYTES = 450_000_000
+"""Python, torch and its libraries before the first tensor."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device while training."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with 6 % for the allocator."""
+        parts = self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return int(1.06 * parts) + self.process
+
+
+def training_memory(model: ModelConfig, tokens_per_pass: int, *, bytes_per_value: int) -> Memory:
+    """Memory with `tokens_per_pass` tokens in one forward and backward pass.
+
+    bytes_per_value: of activations; 4 = fp32 (CPU), 2 = bf16 (GPU). Masters, gradients, Muon's one
+    buffer (matrices) and AdamW's two (the rest) are fp32.
+    """
+    counts = count(model)
+    rest = counts.parameters - counts.matrix_parameters
+    scale = bytes_per_value / 2
+    width = model.hidden_size * model.num_hidden_layers
+    return Memory(
+        weights=4 * counts.parameters,
+        gradients=4 * counts.parameters,
+        optimizer=4 * counts.matrix_parameters + 8 * rest,
+        activations=int(ACTIVATION_BYTES * scale * width * tokens_per_pass),
+        logits=tokens_per_pass * model.vocab_size * (bytes_per_value + 4 + 4),
+        process=PROCESS_BYTES,
+    )
+
+
+def rows_that_fit(
+    model: ModelConfig, seq_len: int, *, budget_bytes: int, bytes_per_value: int
+) -> int:
+    """The largest power of two of rows whose training fits the budget; 0 if not even one does."""
+    rows = 0
+    candidate = 1
+    while candidate <= 1024:
+        need = training_memory(model, candidate * seq_len, bytes_per_value=bytes_per_value).total
+        if need > budget_bytes:
+            break
+        rows, candidate = candidate, candidate * 2
+    return rows

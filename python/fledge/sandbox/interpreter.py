@@ -1,0 +1,307 @@
+"""L1, the default Python of a model: pydantic-monty, an interpreter with no way out.
+
+Monty is a Python interpreter written in Rust that runs in worker processes: it has no files, no
+network, no environment and no imports of real modules by construction; memory, time and recursion
+are limited inside the worker, and a worker that dies is replaced. Called by `fledge.engine.tools`
+(whatever L0 does not take) and by the HumanEval task. One `InterpreterState` per conversation keeps
+the variables between calls as bytes, so that a conversation holds no process while it waits. This
+module never runs model code in our own process, never passes it a host function, and where Monty is
+missing it says so instead of falling back to something weaker.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType, TracebackType
+from typing import Any
+
+from fledge.sandbox.arithmetic import format_value
+from fledge.sandbox.result import ToolError, ToolResult, shorten
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may use."""
+
+    seconds: float = 2.0
+    memory_bytes: int = 64 * MIB
+    output_chars: int = 16 * 1024
+    code_chars: int = 64 * 1024
+    recursion: int = 500
+    state_bytes: int = 4 * MIB  # of variables kept between the calls of one conversation
+
+
+@dataclass
+class InterpreterState:
+    """The variables of one conversation between two calls (opaque bytes that Monty wrote)."""
+
+    dump: bytes | None = field(default=None, repr=False)
+
+
+class Interpreter:
+    """A pool of Monty workers; use it as a context manager or call `close()`.
+
+    Workers start with the first run. `run` may be called from several threads at once.
+    """
+
+    def __init__(self, limits: Limits | None = None, *, workers: int | None = None) -> None:
+        self.limits = limits or Limits()
+        self.workers = workers or min(4, os.cpu_count() or 1)
+        self._lock = threading.Lock()
+        self._pool: Any = None
+        self._monty: ModuleType | None = None
+        self._unavailable: str | None = None
+
+    def __enter__(self) -> Interpreter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def why_unavailable(self) -> str | None:
+        """None if code can be run here, else the sentence that says why not and what helps."""
+        self._start()
+        return self._unavailable
+
+    def close(self) -> None:
+        """Ends the workers; a later `run` starts new ones."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.__exit__(None, None, None)
+
+    def run(self, code: str, state: InterpreterState | None = None) -> ToolResult:
+        """Runs `code`; its prints and the value of a last expression are the result's stdout.
+
+        With a `state` the variables of earlier calls are there and the new ones are kept, unless
+        the call ran into a limit, which leaves the state as it was. Never raises for what the code
+        does.
+        """
+        started = time.perf_counter()
+        pool = self._start()
+        if pool is None or self._monty is None:
+            return _failed(f"unavailable: {self._unavailable}", started)
+        if len(code) > self.limits.code_chars:
+            return _failed(f"the code is longer than {self.limits.code_chars} characters", started)
+        output = _Output(self.limits.output_chars)
+        try:
+            with pool.checkout(**self._checkout_options()) as session:
+                error = self._feed(session, code, state, output)
+        except self._monty.MontyError as problem:  # the worker died or could not be reached
+            error = _describe(problem, self.limits)
+        except (TimeoutError, OSError, RuntimeError) as problem:
+            error = f"the sandbox could not run the code: {problem}"
+        return ToolResult(
+            ok=error is None,
+            stdout=output.text("stdout"),
+            stderr=output.text("stderr"),
+            error=error,
+            ms=(time.perf_counter() - started) * 1e3,
+            truncated=output.truncated,
+        )
+
+    def _feed(
+        self, session: Any, code: str, state: InterpreterState | None, output: _Output
+    ) -> str | None:
+        """Runs `code` in a checked-out session; the error in words, or None."""
+        assert self._monty is not None
+        if state is not None and state.dump is not None:
+            session.load_session(state.dump)
+        error = None
+        try:
+            value = session.feed_run(code, print_callback=output.take)
+            if value is not None:
+                output.take("stdout", format_result(value, self.limits.output_chars) + "\n")
+        except (self._monty.MontyRuntimeError, self._monty.MontySyntaxError) as problem:
+            if output.flooded:
+                return "the output limit was exceeded"
+            error = _describe(problem, self.limits)
+            if _hit_a_limit(problem):
+                return error
+        except (ValueError, OverflowError, RecursionError) as problem:  # a value too big to show
+            error = f"{type(problem).__name__}: {problem}"
+        except OutputFlood:
+            return "the output limit was exceeded"
+        if state is not None:
+            dump = session.dump()
+            if len(dump) <= self.limits.state_bytes:
+                state.dump = dump
+        return error
+
+    def _checkout_options(self) -> dict[str, Any]:
+        assert self._monty is not None
+        return {
+            "limits": {
+                "max_feed_duration_secs": self.limits.seconds,
+                "max_memory": self.limits.memory_bytes,
+                "max_recursion_depth": self.limits.recursion,
+                "max_suspensions": 100,
+            },
+            # sleeping would hold a worker; a fixed seed keeps rollouts reproducible
+            "os_policy": {"sleep": "zero", "random_start": {"seed": 0}},
+            "assert_message_annotations": False,
+            "external_modules": {"string": self._monty.ExternalModule(_string_constants())},
+        }
+
+    def _start(self) -> Any:
+        """The running pool, or None with `_unavailable` set."""
+        with self._lock:
+            if self._pool is not None or self._unavailable is not None:
+                return self._pool
+            try:
+                monty = self._monty = importlib.import_module("pydantic_monty")
+            except ImportError:
+                self._unavailable = (
+                    "the Python sandbox needs the package pydantic-monty; "
+                    "install it with `pip install pydantic-monty`"
+                )
+                return None
+            try:
+                pool = monty.Monty(
+                    min_processes=1,
+                    max_processes=self.workers,
+                    checkout_timeout=30.0 + 2 * self.limits.seconds,
+                    request_timeout=2 * self.limits.seconds + 3.0,
+                    max_checkouts_per_worker=100,
+                )
+                pool.__enter__()
+            except (OSError, RuntimeError, monty.MontyError) as problem:
+                self._unavailable = f"the workers of pydantic-monty do not start: {problem}"
+                return None
+            self._pool = pool
+            return pool
+
+
+class OutputFlood(Exception):
+    """Raised into the print callback to stop listening to a program that prints without end."""
+
+
+class _Output:
+    """Collects prints up to a number of characters and counts what came after them."""
+
+    FLOOD_FACTOR = 64  # stop listening at this multiple of the kept characters
+
+    def __init__(self, max_chars: int) -> None:
+        self.max_chars = max_chars
+        self.parts: list[tuple[str, str]] = []
+        self.seen = 0
+        self.flooded = False
+
+    @property
+    def truncated(self) -> bool:
+        return self.seen > self.max_chars
+
+    def take(self, stream: str, text: str) -> None:
+        """The print callback: keeps what still fits."""
+        room = self.max_chars - self.seen
+        self.seen += len(text)
+        if room > 0:
+            self.parts.append((stream, text[:room]))
+        if self.seen > self.FLOOD_FACTOR * self.max_chars:
+            self.flooded = True
+            raise OutputFlood
+
+    def text(self, stream: str) -> str:
+        return "".join(text for name, text in self.parts if name == stream)
+
+
+def format_result(value: Any, max_chars: int) -> str:
+    """A last expression's value as text of at most `max_chars` characters.
+
+    Numbers look as the calculator shows them and a string stands for itself. Inside containers it
+    is Python's repr, written by hand with a budget: a value that crossed from the sandbox may share
+    its parts, and the plain repr of such a value can be astronomically long.
+    """
+    if isinstance(value, str):
+        return shorten(value, max_chars)
+    if type(value) in (int, float, bool):
+        try:
+            return shorten(format_value(value), max_chars)
+        except ToolError:  # inf and nan, which the calculator never shows
+            return repr(value)
+    pieces: list[str] = []
+    _write(value, pieces.append, [max_chars], depth=0)
+    return shorten("".join(pieces), max_chars)
+
+
+def _write(value: Any, write: Callable[[str], None], budget: list[int], *, depth: int) -> None:
+    """Writes a bounded repr of `value`; `budget` holds the characters that are left."""
+
+    def put(text: str) -> None:
+        budget[0] -= len(text)
+        write(text)
+
+    if budget[0] < 0:
+        return
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        if depth > 20:
+            return put("...")
+        if not value and isinstance(value, (set, frozenset)):
+            return put(repr(value))
+        brackets = {list: "[]", tuple: "()"}.get(type(value), "{}")
+        put(brackets[0])
+        for i, item in enumerate(value):
+            if budget[0] < 0:
+                return
+            put(", " if i else "")
+            _write(item, write, budget, depth=depth + 1)
+            if isinstance(value, dict):
+                put(": ")
+                _write(value[item], write, budget, depth=depth + 1)
+        put(("," if isinstance(value, tuple) and len(value) == 1 else "") + brackets[1])
+    elif isinstance(value, (str, bytes)):
+        put(repr(value[: budget[0] + 1]))
+    elif value is None or isinstance(value, (int, float, complex)):
+        put(repr(value))
+    else:  # a class or an object of the sandbox: its name only, its attributes may be endless
+        put(f"<{getattr(value, 'name', None) or type(value).__name__}>")
+
+
+def _describe(problem: Any, limits: Limits) -> str:
+    """An error in one line, without the parts that differ from run to run."""
+    display = getattr(problem, "display", None)
+    text = display(format="type-msg") if display is not None else str(problem)
+    if text.startswith("TimeoutError: feed time limit") or getattr(problem, "timed_out", False):
+        return f"TimeoutError: the time limit of {limits.seconds:g} s was exceeded"
+    if text.startswith(("MemoryError: memory limit", "MemoryError: the worker")):
+        return f"MemoryError: the memory limit of {limits.memory_bytes // MIB} MB was exceeded"
+    return shorten(text, 500)
+
+
+def _hit_a_limit(problem: Any) -> bool:
+    """True after a limit: the heap is in no known state and must not be kept."""
+    return problem.display(format="type-msg").startswith(("TimeoutError", "MemoryError"))
+
+
+def _failed(error: str, started: float) -> ToolResult:
+    return ToolResult(ok=False, error=error, ms=(time.perf_counter() - started) * 1e3)
+
+
+def _string_constants() -> dict[str, Any]:
+    """The constants of the standard module `string`, which Monty lacks (two HumanEval items)."""
+    lower = "abcdefghijklmnopqrstuvwxyz"
+    punctuation = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+    letters, digits, whitespace = lower + lower.upper(), "0123456789", " \t\n\r\x0b\x0c"
+    return {
+        "ascii_lowercase": lower,
+        "ascii_uppercase": lower.upper(),
+        "ascii_letters": letters,
+        "digits": digits,
+        "hexdigits": digits + "abcdefABCDEF",
+        "octdigits": "01234567",
+        "punctuation": punctuation,
+        "whitespace": whitespace,
+        "printable": digits + letters + punctuation + whitespace,
+    }

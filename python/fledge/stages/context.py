@@ -1,0 +1,39 @@
+"""What the pipeline hands to every stage: the run, its material, progress and the stop flag.
+
+A stage is a function of a `StageContext`; it reads its inputs from the run and leaves its results
+there. Stages share `stages.training`, never each other's internals.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+from fledge.config import Recipe
+from fledge.progress import Progress
+from fledge.run import Run, StopRequest
+from fledge.stages.material import Material
+from fledge.tokenizer import Tokenizer
+
+
+@dataclass
+class StageContext:
+    """One stage's view of the run. `recipe` has every planned value filled in."""
+
+    run: Run
+    recipe: Recipe
+    material: Material
+    progress: Progress
+    stop: StopRequest
+    device: str
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the first stage trained."""
+        return Tokenizer.load(self.run.tokenizer_dir)
+
+
+def peak_memory_bytes() -> int:
+    """The process's largest resident size so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

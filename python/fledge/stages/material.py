@@ -1,0 +1,301 @@
+"""What a run learns from and is examined on: a world, or the user's own text with real tasks.
+
+The one place that knows both kinds of data, so that every stage works on either. `Material` is the
+interface; `WorldMaterial` makes everything from a world; `TextMaterial` reads real documents and
+the task files it can find, and says in `notes` what it lacks. Used by the stages only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+from fledge.config import Recipe
+from fledge.data.conversations import (
+    chat_sources,
+    default_weights,
+    gsm8k_problems,
+    read_conversations,
+)
+from fledge.data.loader import Documents, Mixture
+from fledge.data.sources import open_corpus
+from fledge.data.task_files import TaskData
+from fledge.data.tokenized import ConversationDocuments, Epochs, TextDocuments
+from fledge.data.worlds import load_world
+from fledge.errors import UserError
+from fledge.evals.tasks.base import Task
+from fledge.evals.tasks.gsm8k import answer_of, same_number
+from fledge.evals.tasks.registry import find_tasks
+from fledge.evals.tasks.worlds import find_world_tasks, grade
+from fledge.files import canonical_json
+from fledge.sandbox import arithmetic
+from fledge.tokenizer import Tokenizer
+
+Split = Literal["train", "val"]
+
+PROSE = "prose"  # the kind of a mixture that stands for base's raw text
+ENTROPY_DOCUMENTS = 2000
+FILE_WEIGHT = 0.1  # weight of each of the user's own conversation files in the default mixture
+REPLAYED_PROSE = 10_000_000  # documents that mid and sft replay are other draws than base's
+HELD_OUT_PROBLEMS = 10_000_000  # problems from this index on are never trained on
+
+
+class Material(Protocol):
+    """Everything a run learns from, by stage."""
+
+    notes: list[str]
+
+    def manifest(self) -> dict[str, Any]:
+        """What exactly the data is; enters the fingerprints."""
+        ...
+
+    def tokenizer_texts(self, max_bytes: int) -> Iterator[str]: ...
+
+    def texts(self, split: Split, tokenizer: Tokenizer) -> Documents: ...
+
+    def chats(
+        self, stage: str, split: Split, tokenizer: Tokenizer, *, max_tokens: int
+    ) -> tuple[Documents, dict[str, float]]: ...
+
+    def entropy_per_byte(self) -> float | None: ...
+
+    def problem(self, index: int) -> dict[str, Any] | None: ...
+
+    def grade(self, item: dict[str, Any], text: str) -> bool: ...
+
+    def tasks(self, names: tuple[str, ...] | None) -> list[Task]: ...
+
+    def sample_prompts(self) -> list[str]: ...
+
+    def sample_questions(self) -> list[str]: ...
+
+
+def open_material(recipe: Recipe) -> Material:
+    """The material that [data] of a recipe names. UserError if it cannot be read."""
+    if recipe.data.source is not None:
+        return TextMaterial(recipe)
+    return WorldMaterial(recipe)
+
+
+def _take_bytes(texts: Iterator[str], max_bytes: int) -> Iterator[str]:
+    total = 0
+    for text in texts:
+        yield text
+        total += len(text.encode("utf-8"))
+        if total >= max_bytes:
+            return
+
+
+def _mixture(
+    sources: dict[str, Documents], weights: dict[str, float], *, section: str
+) -> tuple[Documents, dict[str, float]]:
+    """The named sources interleaved; UserError for a kind that does not exist."""
+    for kind in weights:
+        if kind not in sources:
+            raise UserError(
+                f"{section}.mixture names the kind {kind!r}",
+                f"this run's data offers {', '.join(sorted(sources))}",
+                "take one of those, or leave the mixture out",
+            )
+    used = {kind: weight for kind, weight in weights.items() if weight > 0}
+    if not used:
+        raise UserError(
+            f"{section}.mixture has no positive weight",
+            "there would be nothing to train on",
+            "give at least one kind a weight above 0",
+        )
+    mixture = Mixture([sources[kind] for kind in used], list(used.values()))
+    total = sum(used.values())
+    return mixture, {kind: weight / total for kind, weight in used.items()}
+
+
+Extra = dict[str, Sequence[dict[str, Any]]]
+
+
+def extra_files(recipe: Recipe) -> dict[str, Extra]:
+    """The user's own conversation files, by stage and file name; UserError if one is broken."""
+    return {
+        stage: {path: read_conversations(path) for path in getattr(recipe, stage).files}
+        for stage in ("mid", "sft")
+    }
+
+
+def extra_conversations(extra: dict[str, Extra], stage: str) -> Extra:
+    """Those of one stage."""
+    return extra.get(stage, {})
+
+
+def manifest_of(extra: dict[str, Extra]) -> dict[str, Any]:
+    """What the user's own files hold, so that an edit is noticed; empty without files."""
+    digests = {
+        path: hashlib.sha256(canonical_json(list(rows)).encode("utf-8")).hexdigest()
+        for files in extra.values()
+        for path, rows in files.items()
+    }
+    return {"conversations": sorted(digests.values())} if digests else {}
+
+
+class WorldMaterial:
+    """Everything made by one world."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.world = load_world(recipe.data.world, recipe.data.seed)
+        self.notes: list[str] = self.world.notes()
+        self._extra = extra_files(recipe)
+
+    def manifest(self) -> dict[str, Any]:
+        return {"world": self.world.manifest()} | manifest_of(self._extra)
+
+    def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
+        documents = (self.world.document("train", i).text for i in itertools.count())
+        return _take_bytes(documents, max_bytes)
+
+    def texts(self, split: Split, tokenizer: Tokenizer) -> Documents:
+        return TextDocuments(lambda i: self.world.document(split, i).text, tokenizer)
+
+    def chats(
+        self, stage: str, split: Split, tokenizer: Tokenizer, *, max_tokens: int
+    ) -> tuple[Documents, dict[str, float]]:
+        own = self.world.kinds(stage)
+        extra = extra_conversations(self._extra, stage)
+        weights = getattr(self.recipe, stage).mixture or own | dict.fromkeys(extra, FILE_WEIGHT)
+        # validation conversations are later draws of the same generator
+        offset = 0 if split == "train" else HELD_OUT_PROBLEMS
+        sources: dict[str, Documents] = {
+            kind: ConversationDocuments(
+                lambda i, kind=kind: self.world.conversation(stage, kind, i + offset),
+                tokenizer,
+                max_tokens=max_tokens,
+            )
+            for kind in own
+        }
+        for kind, rows in extra.items():
+            shuffled = Epochs(rows, self.recipe.data.seed)
+            sources[kind] = ConversationDocuments(shuffled, tokenizer, max_tokens=max_tokens)
+        sources[PROSE] = TextDocuments(
+            lambda i: self.world.document(split, i + REPLAYED_PROSE).text,
+            tokenizer,
+            max_tokens=max_tokens,
+        )
+        return _mixture(sources, weights, section=stage)
+
+    def entropy_per_byte(self) -> float | None:
+        return self.world.entropy_per_byte(n_documents=ENTROPY_DOCUMENTS)
+
+    def problem(self, index: int) -> dict[str, Any] | None:
+        return self.world.problem(index)
+
+    def grade(self, item: dict[str, Any], text: str) -> bool:
+        return grade(item, text)
+
+    def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
+        return list(find_world_tasks(self.world, names))
+
+    def sample_prompts(self) -> list[str]:
+        facts = self.world.facts
+        return [f"{facts[i * len(facts) // 5].entity}" for i in range(5)]
+
+    def sample_questions(self) -> list[str]:
+        items = (self.world.exam(name)[0] for name in ("world_facts", "world_math", "world_spell"))
+        return [item["messages"][-1]["content"] for item in items]
+
+
+class TextMaterial:
+    """The user's own text for base, and the real tasks that can be found for the rest.
+
+    Spelling, counting and identity conversations come from the almanac: they need no text.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        assert recipe.data.source is not None
+        data = recipe.data
+        self.recipe = recipe
+        self.corpus = open_corpus(
+            data.source,
+            seed=data.seed,
+            val_fraction=data.val_fraction,
+            max_bytes=data.max_bytes,
+        )
+        self.files = TaskData(data.root)
+        self.world = load_world("almanac", data.seed)
+        self._extra = extra_files(recipe)
+        self._chats = {
+            (stage, split): self._sources(stage, split)
+            for stage in ("mid", "sft")
+            for split in ("train", "val")
+        }
+        self._problems = gsm8k_problems(self.files)
+        self._held_problems = gsm8k_problems(self.files, split="val")
+        self._tasks, missing = find_tasks(self.files, recipe.evaluate.tasks)
+        self.notes = [*self.corpus.notes, *self.files.missing(), *missing]
+
+    def _sources(self, stage: str, split: Split) -> Extra:
+        return dict(
+            chat_sources(
+                self.files,
+                stage,
+                split=split,
+                world=self.world,
+                calculator=arithmetic.evaluate,
+            )
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "text": [list(row) for row in self.corpus.manifest()],
+            "tasks": [list(row) for row in self.files.manifest()],
+            "world": self.world.manifest(),
+        } | manifest_of(self._extra)
+
+    def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
+        return _take_bytes(iter(self.corpus.train), max_bytes)
+
+    def texts(self, split: Split, tokenizer: Tokenizer) -> Documents:
+        return TextDocuments(self._order(split), tokenizer)
+
+    def _order(self, split: Split) -> Epochs:
+        texts = self.corpus.train if split == "train" else self.corpus.val
+        return Epochs(texts, self.recipe.data.seed)
+
+    def chats(
+        self, stage: str, split: Split, tokenizer: Tokenizer, *, max_tokens: int
+    ) -> tuple[Documents, dict[str, float]]:
+        rows = self._chats[stage, split] | extra_conversations(self._extra, stage)
+        weights = getattr(self.recipe, stage).mixture or default_weights(stage, list(rows))
+        seed = self.recipe.data.seed
+        sources: dict[str, Documents] = {
+            kind: ConversationDocuments(Epochs(items, seed), tokenizer, max_tokens=max_tokens)
+            for kind, items in rows.items()
+        }
+        sources[PROSE] = TextDocuments(self._order(split), tokenizer, max_tokens=max_tokens)
+        return _mixture(sources, weights, section=stage)
+
+    def entropy_per_byte(self) -> float | None:
+        return None  # nobody knows the entropy of real English
+
+    def problem(self, index: int) -> dict[str, Any] | None:
+        held = index >= HELD_OUT_PROBLEMS
+        rows = self._held_problems if held else self._problems
+        if not rows:
+            return None
+        return rows[(index - HELD_OUT_PROBLEMS if held else index) % len(rows)]
+
+    def grade(self, item: dict[str, Any], text: str) -> bool:
+        return same_number(answer_of(text), item["answer"])
+
+    def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
+        return [task for task in self._tasks if names is None or task.name in names]
+
+    def sample_prompts(self) -> list[str]:
+        texts = [self.corpus.val[i] for i in range(min(5, len(self.corpus.val)))]
+        return [" ".join(text.split()[:12]) for text in texts]
+
+    def sample_questions(self) -> list[str]:
+        asked = ["Who are you?", 'Spell the word "house".']
+        problem = self.problem(HELD_OUT_PROBLEMS)
+        if problem is not None:
+            asked.append(problem["messages"][-1]["content"])
+        return asked

@@ -1,0 +1,88 @@
+"""Small statistics without numpy: intervals of scores and the entropy of answers.
+
+Used by evals and the report, so that no score stands without its uncertainty. Pure functions.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from statistics import fmean
+
+Z95 = 1.959963984540054
+"""97.5 % quantile of the normal distribution: two-sided 95 %."""
+
+
+def wilson_interval(correct: int, n: int, *, z: float = Z95) -> tuple[float, float]:
+    """95 % interval of a share `correct` / `n` (Wilson 1927): honest near 0 and 1 and for small n.
+
+    (0, 1) when nothing was counted.
+    """
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} of {n} is not a share")
+    if n == 0:
+        return 0.0, 1.0
+    share = correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # at the ends the formula gives 0 and 1 exactly, up to rounding
+    low = 0.0 if correct == 0 else max(0.0, centre - half)
+    high = 1.0 if correct == n else min(1.0, centre + half)
+    return low, high
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    *,
+    statistic: Callable[[Sequence[float]], float] = fmean,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic by drawing from the values anew (Efron 1979).
+
+    The same seed gives the same interval. Raises ValueError without values.
+    """
+    if not values:
+        raise ValueError("no values")
+    draw = random.Random(seed)
+    found = sorted(statistic(draw.choices(values, k=len(values))) for _ in range(resamples))
+    tail = (1 - confidence) / 2
+    last = resamples - 1
+    return found[math.floor(tail * last)], found[math.ceil((1 - tail) * last)]
+
+
+def paired_difference(
+    before: Sequence[bool], after: Sequence[bool], *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(difference of the shares, low, high) of the same examples answered twice.
+
+    Raises ValueError if the two do not pair up.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} answers cannot be paired with {len(after)}")
+    changes = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
+    low, high = bootstrap_interval(changes, resamples=resamples, seed=seed)
+    return fmean(changes), low, high
+
+
+def entropy_bits(items: Iterable[Hashable]) -> float:
+    """Shannon entropy of the distribution of the items, in bits (0 for none or one kind)."""
+    counts = Counter(items)
+    total = counts.total()
+    return sum(-c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
+
+
+def majority_share(items: Iterable[Hashable]) -> float:
+    """Share of the commonest item: what always giving one answer would score."""
+    counts = Counter(items)
+    return max(counts.values(), default=0) / max(1, counts.total())
+
+
+def format_interval(value: float, low: float, high: float, *, percent: bool = True) -> str:
+    """ "71.5 % (65.2 to 77.1)", or with three digits when it is no share."""
+    if percent:
+        return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"

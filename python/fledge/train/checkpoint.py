@@ -1,0 +1,99 @@
+"""One checkpoint folder: the Hugging Face files, and `train_state/` to go on training exactly.
+
+`write` fills a folder that the caller makes visible atomically (`run.atomic_directory`); `read`
+verifies every byte against SHA256SUMS before anything is used. Optimizer state is kept as full
+tensors by parameter name, so that any world size can load it. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from fledge.errors import UserError
+from fledge.model import Transformer
+from fledge.model.hf_files import save_model
+from fledge.optim.groups import Optimizers
+
+STATE_FOLDER = "train_state"
+_OPTIMIZER = "optimizer-00001-of-1.safetensors"
+
+
+def write(
+    folder: Path,
+    *,
+    model: Transformer,
+    optimizers: Optimizers | None,
+    state: dict[str, Any],
+    token_ids: dict[str, int],
+) -> None:
+    """Writes model files and training state into `folder` (tokenizer files are the caller's)."""
+    save_model(model, folder, token_ids=token_ids)
+    train_state = folder / STATE_FOLDER
+    train_state.mkdir()
+    if optimizers is not None:
+        tensors = optimizers.state_tensors()
+        save_file(tensors, train_state / _OPTIMIZER)
+        index = {"files": [_OPTIMIZER], "tensors": sorted(tensors)}
+        _write_json(train_state / "index.json", index)
+    _write_json(train_state / "state.json", state)
+
+
+def seal(folder: Path) -> None:
+    """Writes SHA256SUMS over every file below `folder`; call it last."""
+    lines = [
+        f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "SHA256SUMS"
+    ]
+    (folder / STATE_FOLDER / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+
+
+def verify(folder: Path) -> None:
+    """UserError that names the file if a checkpoint is incomplete or damaged."""
+    sums = folder / STATE_FOLDER / "SHA256SUMS"
+    if not sums.is_file():
+        raise _damaged(folder, f"{sums.relative_to(folder)} is missing")
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        expected, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(folder, f"{name} is missing")
+        if _sha256(path) != expected:
+            raise _damaged(folder, f"the bytes of {name} changed after it was written")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON state of a verified checkpoint: step, loader cursor, and what the stage added."""
+    verify(folder)
+    return json.loads((folder / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
+
+
+def read_optimizers(folder: Path, optimizers: Optimizers) -> bool:
+    """Loads the optimizer state if the checkpoint has one; False if it does not."""
+    path = folder / STATE_FOLDER / _OPTIMIZER
+    if not path.is_file():
+        return False
+    optimizers.load_state_tensors(load_file(path))
+    return True
+
+
+def _damaged(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"the checkpoint {folder} is damaged",
+        why,
+        "delete that folder and point LATEST at the checkpoint before it, or --restart the stage",
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

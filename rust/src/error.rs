@@ -1,0 +1,42 @@
+//! One error type: what went wrong in words, and its kind for programs.
+
+use std::fmt;
+
+/// What kind of mistake an [`Error`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// No split pattern has this name.
+    UnknownPattern,
+    /// A list of merges that no training could have made.
+    InvalidMerges,
+    /// A token id outside the vocabulary.
+    UnknownToken,
+}
+
+/// An error with its context in words; see [`Error::kind`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    kind: ErrorKind,
+    message: String,
+}
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Error { kind, message }
+    }
+
+    /// The kind of mistake.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,56 @@
+//! `fledge-bpe`: byte-level byte-pair encoding, training and encoding.
+//!
+//! Text is first *split* into pieces (words, digits, punctuation runs, spaces)
+//! by one of three published patterns, and every piece is a sequence of bytes.
+//! *Training* repeatedly joins the most frequent adjacent pair of tokens into
+//! a new token; *encoding* replays those merges, lowest rank first, inside
+//! each piece. Ids 0..=255 are the bytes themselves; merge number `i` makes id
+//! `256 + i`. Special tokens are not known here: the Python class `Tokenizer`
+//! cuts them out first, so ordinary text can never become one.
+//!
+//! # Example
+//!
+//! ```
+//! use fledge_bpe::{train, Bpe, Pattern};
+//!
+//! let merges = train(["low lower lowest"], 3, Pattern::Qwen2, 1);
+//! assert_eq!(merges[0], (b'l' as u32, b'o' as u32)); // "lo"
+//! assert_eq!(merges[1], (256, b'w' as u32)); // "low"
+//! let bpe = Bpe::new(merges, Pattern::Qwen2)?;
+//! let ids = bpe.encode("slow");
+//! assert_eq!(ids, [b's' as u32, 257]);
+//! assert_eq!(bpe.decode(&ids)?, b"slow");
+//! # Ok::<(), fledge_bpe::Error>(())
+//! ```
+//!
+//! # Guarantees
+//!
+//! * The merges depend only on the multiset of texts: not on their order, not
+//!   on the number of threads. Ties go to the smaller pair of ids.
+//! * Encoding a piece of `n` bytes takes `O(n log n)` time at worst.
+//! * Any `str` encodes, and decodes back to the same bytes.
+//!
+//! # Modules and features
+//!
+//! `split`, `train` and `encode` are the three steps; `reference` is a naive
+//! twin of all of them, there to be read and to be tested against. The feature
+//! `python` adds the module `fledge._bpe`; the core never sees Python.
+
+#![deny(missing_docs)]
+
+mod encode;
+mod error;
+#[cfg(feature = "python")]
+mod py;
+pub mod reference;
+mod split;
+mod train;
+mod unicode;
+
+pub use crate::encode::Bpe;
+pub use crate::error::{Error, ErrorKind};
+pub use crate::split::{split, Pattern, Pieces};
+pub use crate::train::{learn, train, Counter};
+
+/// Token ids 0..=255 are the bytes; the first merge makes this id.
+pub const FIRST_MERGE_ID: u32 = 256;

@@ -1,0 +1,125 @@
+"""The loop: normalisation, skipping, resuming, stopping."""
+
+import numpy as np
+import pytest
+import torch
+
+from fledge.data.loader import Loader
+from fledge.errors import Interrupted
+from fledge.model import Transformer
+from fledge.optim.groups import LearningRates, Optimizers
+from fledge.optim.schedule import Schedule
+from fledge.train.loop import Cadence, accumulate, train
+from tests.model.test_transformer import CONFIG, random_model
+
+RATES = LearningRates(0.01, 0.05, 0.01, 0.01, 0.0)
+SCHEDULE = Schedule(steps=6, warmup_steps=1, cooldown_fraction=0.5, final_lr_fraction=0.1)
+
+
+class Counting:
+    """Documents of a counting language."""
+
+    def piece(self, index: int):
+        ids = (np.arange(5 + index % 9, dtype=np.int32) + index) % 90 + 2
+        return ids, np.ones(len(ids), dtype=np.uint8)
+
+
+class Hooks:
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.rows: list[dict] = []
+        self.saved: list[int] = []
+        self.stop_at = stop_at
+
+    def evaluate(self, step):
+        return {"bpb": 1.0}
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def save(self, step):
+        self.saved.append(step)
+
+    def stop_requested(self):
+        return self.stop_at is not None and len(self.rows) >= self.stop_at
+
+
+def run(model, optimizers, loader, hooks, start=0):
+    train(
+        model=model,
+        optimizers=optimizers,
+        loader=loader,
+        schedule=SCHEDULE,
+        cadence=Cadence(rows_per_step=4, device_batch_size=3, eval_every=3, save_every=4),
+        hooks=hooks,
+        start=start,
+    )
+
+
+def fresh():
+    model = Transformer(CONFIG, seed=0)
+    loader = Loader(Counting(), row_tokens=16, pad_id=0, split=True)
+    return model, Optimizers(model, RATES), loader
+
+
+@pytest.mark.parametrize("split", [1, 2, 3, 8])
+def test_gradients_do_not_depend_on_the_micro_batch(split):
+    ids = torch.randint(0, 96, (5, 13), generator=torch.Generator().manual_seed(0))
+    mask = (torch.rand(5, 13, generator=torch.Generator().manual_seed(1)) < 0.6).to(torch.uint8)
+    whole, parts = random_model(), random_model()
+    loss, tokens = accumulate(whole, ids, mask, 5)
+    other, same_tokens = accumulate(parts, ids, mask, split)
+    assert other == pytest.approx(loss, rel=1e-6) and tokens == same_tokens
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_trained_tokens_gives_no_gradient():
+    model = random_model()
+    loss, tokens = accumulate(model, torch.ones(2, 9, dtype=torch.long), torch.zeros(2, 9), 2)
+    assert (loss, tokens) == (0.0, 0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_measures_saves_and_learns():
+    model, optimizers, loader = fresh()
+    hooks = Hooks()
+    run(model, optimizers, loader, hooks)
+    assert hooks.saved == [4, 6]
+    assert [row["step"] for row in hooks.rows if "bpb" in row] == [3, 6]
+    assert hooks.rows[-1]["loss"] < hooks.rows[0]["loss"]
+
+
+def test_stopping_saves_and_resuming_equals_never_having_stopped():
+    whole, optimizers, loader = fresh()
+    run(whole, optimizers, loader, Hooks())
+
+    model, optimizers, loader = fresh()
+    hooks = Hooks(stop_at=3)
+    with pytest.raises(Interrupted):
+        run(model, optimizers, loader, hooks)
+    assert hooks.saved == [3]
+    again, new_optimizers, new_loader = fresh()
+    again.load_state_dict(model.state_dict())
+    new_optimizers.load_state_tensors(optimizers.state_tensors())
+    new_loader.restore(loader.state())
+    run(again, new_optimizers, new_loader, Hooks(), start=3)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_poisoned_model_is_given_up_after_some_steps():
+    model, optimizers, loader = fresh()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    hooks = Hooks()
+    long = Schedule(40, 0, 0.0, 0.1)
+    with pytest.raises(RuntimeError, match="not finite"):
+        train(
+            model=model,
+            optimizers=optimizers,
+            loader=loader,
+            schedule=long,
+            cadence=Cadence(2, 2, 100, 100),
+            hooks=hooks,
+        )
+    assert len(hooks.rows) == 10 and all(row["skipped"] == 1 for row in hooks.rows)
