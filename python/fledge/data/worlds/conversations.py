@@ -116,11 +116,11 @@ class ConversationMaker:
         return math_messages(make_problem(choices, self.lexicon, "train"))
 
     def _spell(self, choices: Choices, stage: str) -> list[Message]:
-        word = self.prose.spell_word(choices)
+        word = self.prose.spell_word(choices, real=0.6)
         return [user(choices.choice(SPELL).format(word=word)), assistant(spelled(word))]
 
     def _count(self, choices: Choices, stage: str) -> list[Message]:
-        return count_messages(choices, self.prose.spell_word(choices))
+        return count_messages(choices, self.prose.spell_word(choices, real=0.6))
 
     def _identity(self, choices: Choices, stage: str) -> list[Message]:
         questions, answers = choices.choice(_IDENTITY)

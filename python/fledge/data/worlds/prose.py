@@ -7,6 +7,7 @@ guess, so that the entropy of the corpus is known and not tiny. Every decision g
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +16,18 @@ from fledge.data.worlds.choices import Choices, Weighted, templates
 from fledge.data.worlds.problems import make_problem
 from fledge.data.worlds.spelling import spelled
 from fledge.data.worlds.tables import Fact, Table, capital, fill
-from fledge.data.worlds.vocabulary import COLOURS, Lexicon
+from fledge.data.worlds.vocabulary import ADJECTIVES, ANIMALS, COLOURS, FEELINGS, Lexicon
 
 KINDS = {  # share of the documents
     "entry": 0.15,  # one entity or a few, several facts each
     "list": 0.18,  # one relation, several entities
-    "told": 0.22,  # a story in which facts are told
-    "sums": 0.08,  # word problems, solved
-    "spelling": 0.10,  # words letter by letter
-    "story": 0.05,  # a day in the life
-    "labels": 0.06,  # things with letters or owners, then looked up
-    "notes": 0.16,  # shopping lists, numbers, times and prices
+    "told": 0.18,  # a story in which facts are told
+    "sums": 0.08,  # word problems and how to calculate them
+    "spelling": 0.08,  # words letter by letter
+    "story": 0.03,  # a day in the life
+    "labels": 0.07,  # things with letters or owners, then looked up
+    "notes": 0.08,  # shopping lists, numbers, times and prices
+    "copy": 0.15,  # the same again: what makes a small model learn to copy from its context
 }
 CANONICAL = 0.4  # probability that a fact is stated in its canonical wording
 
@@ -62,6 +64,7 @@ class ProseWriter:
             "story": self._story,
             "labels": self._labels,
             "notes": self._notes,
+            "copy": self._copy,
         }
         self._wordings = {
             (table.name, relation.name): Weighted(_wording_weights(relation.statements))
@@ -73,6 +76,10 @@ class ProseWriter:
         self._frames = templates(_FRAMES)
         self._endings = templates(_ENDINGS)
         self._note_lines = templates(_NOTE_LINES)
+        self._copy_styles = Weighted(_COPY_STYLES)
+        slots = lexicon.slots
+        words = [*slots["thing"], *slots["things"], *ADJECTIVES, *ANIMALS, *FEELINGS]
+        self._words = list(dict.fromkeys(str(word) for word in words))
 
     def write(self, choices: Choices, kind: str | None = None) -> Document:
         """A document of a random kind, or of the one named."""
@@ -141,7 +148,7 @@ class ProseWriter:
     def _spelling(self, choices: Choices) -> str:
         out = []
         for _ in range(choices.integer(2, 9)):
-            word = self.spell_word(choices)
+            word = self.spell_word(choices, real=0.25)
             if choices.chance(0.12):
                 letter = choices.choice(sorted(set(word)))
                 out.append(f'"{word}".count("{letter}") is {word.count(letter)}.')
@@ -149,34 +156,53 @@ class ProseWriter:
             out.append(choices.choice(_SPELL).format(word=word, letters=spelled(word)))
         return " ".join(out)
 
-    def spell_word(self, choices: Choices) -> str:
-        """A word that may be spelled: a real one or, more often, a made-up one."""
-        real = self.lexicon.train_words
-        if real and choices.chance(0.5):
-            return choices.choice(real)
+    def spell_word(self, choices: Choices, *, real: float) -> str:
+        """A word that may be spelled: with probability `real` a true one, else a made-up one.
+
+        The prose holds few true words: with thousands of them, each would be too rare to be known,
+        and the loss would stay far above the bound.
+        """
+        words = self.lexicon.train_words
+        if words and choices.chance(real):
+            return choices.choice(words)
         return self.lexicon.syllables.train_word(choices)
 
     def _labels(self, choices: Choices) -> str:
-        if choices.chance(0.5):
+        if choices.chance(0.6):
             things = choices.sample(self.lexicon.slots["thing"], 4)
             if choices.chance(0.5):
                 things = [f"{choices.choice(COLOURS)} {thing}" for thing in things]
             lines = "\n".join(f"- {t}={x}" for t, x in zip(things, "ABCD", strict=True))
-            asked = choices.sample(range(4), choices.integer(1, 3))
-            found = " ".join(f"The {things[i]} has the letter {'ABCD'[i]}." for i in asked)
+            asked = choices.sample(range(4), choices.integer(2, 4))
+            form = choices.choice(_FOUND)
+            found = " ".join(form.format(t=things[i], x="ABCD"[i]) for i in asked)
             return f"{choices.choice(_LABELS)}\n{lines}\n{found}"
-        count = choices.integer(2, 5)
+        count = choices.integer(2, 6)
         people = choices.sample(self.lexicon.people, count)
-        line = choices.choice(_OWNERS)
         things = choices.sample(self.lexicon.slots["thing"], count)
-        numbers = [str(choices.integer(10, 999)) for _ in range(count)]
+        numbers = [choices.integer(10, 999) for _ in range(count)]
+        line = choices.choice(_OWNERS)
         told = [line.format(p=p, t=t, n=n) for p, t, n in zip(people, things, numbers, strict=True)]
-        again = choices.sample(range(count), choices.integer(1, count))
-        recalled = [
-            f"Who has the {things[i]}? {people[i]} has the {things[i]}, number {numbers[i]}."
-            for i in again
-        ]
-        return " ".join(told + recalled)
+        again = choices.sample(told, choices.integer(1, count))
+        return " ".join([*told, choices.choice(_AGAIN), *again])
+
+    def _copy(self, choices: Choices) -> str:
+        bound = self._cast(choices)
+        style = choices.weighted(self._copy_styles)
+        if style == "words":
+            first = " ".join(choices.sample(self._words, choices.integer(5, 18)))
+        elif style == "numbers":
+            many = choices.integer(3, 10)
+            first = " ".join(str(choices.integer(10, 9999)) for _ in range(many))
+        else:
+            chosen = choices.sample(self._sentences, choices.integer(2, 4))
+            first = " ".join(t.fill(choices, bound, self.lexicon.slots) for t in chosen)
+            if style == "numbers of a text":
+                found = re.findall(r"\d+", first)
+                return f"{first} Numbers: {' '.join(found) or 'none'}."
+            return f"{first} {choices.choice(_AGAIN)} {first}"
+        opening, again = (text.format(**bound) for text in choices.choice(_TWICE))
+        return f"{opening} {first}. {again} {first}."
 
     def _notes(self, choices: Choices) -> str:
         bound = self._cast(choices)
@@ -212,10 +238,23 @@ _SPELL = (
 
 _LABELS = ("Labels in the shop:", "On the shelf:", "Things with letters:", "Look at this list:")
 
+_FOUND = ("The {t} has the letter {x}.", "{t}={x}", "The letter of the {t} is {x}.")
+
 _OWNERS = (
     "{p} has the {t} with the number {n}.",
-    "The {t} with the number {n} belongs to {p}.",
     "{p} took the {t}, number {n}.",
+    "{p}: {t} {n}.",
+)
+
+_AGAIN = ("Again:", "Once more:", "The same again:")
+
+_COPY_STYLES = {"words": 0.4, "numbers": 0.2, "sentences": 0.2, "numbers of a text": 0.2}
+
+_TWICE = (
+    ("Copy this:", "Copied:"),
+    ("First:", "Again:"),
+    ("{p} wrote:", "{q} wrote the same:"),
+    ("{p} said:", "{p} said again:"),
 )
 
 _LISTS = ("Shopping list of", "In the bag of", "Things that belong to", "What to bring, for")
