@@ -7,13 +7,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fledge.model import Transformer
 from fledge.optim.muon import Muon
+
+
+class Trainable(Protocol):
+    """What the optimizers need of a model: its parameters by name, and which Muon trains."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def matrices(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class LearningRates:
 class Optimizers:
     """Muon and AdamW over one model, stepped together."""
 
-    def __init__(self, model: Transformer, rates: LearningRates) -> None:
+    def __init__(self, model: Trainable, rates: LearningRates) -> None:
         self.names = {p: name for name, p in model.named_parameters()}
         matrices = [p for _, p in model.matrices()]
         inside = set(matrices)

@@ -27,6 +27,7 @@ class StageContext:
     progress: Progress
     stop: StopRequest
     device: str
+    notes: list[str]  # what was left out of this run and why, for the report
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the first stage trained."""

@@ -15,7 +15,7 @@ from fledge.config import DataSection, Recipe
 from fledge.engine import Engine
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
-from fledge.evals.scoring import TaskResult, score_task
+from fledge.evals.scoring import TaskResult, pick_items, score_task
 from fledge.evals.tasks.base import Task
 from fledge.run import Run
 from fledge.stages.context import StageContext
@@ -28,8 +28,12 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     section = ctx.recipe.evaluate
     tasks = ctx.material.tasks(section.tasks)
     stages = [s for s in section.stages if ctx.run.latest_checkpoint(s) is not None]
+    sizes = {task.name: len(pick_items(task.items(), section.max_examples)) for task in tasks}
     ctx.progress.stage(
-        "evaluate", len(tasks) * len(stages), "exams", log=ctx.run.log_file("evaluate")
+        "evaluate",
+        sum(sizes.values()) * len(stages),
+        "questions",
+        log=ctx.run.log_file("evaluate"),
     )
     done = 0
     for stage in stages:
@@ -47,7 +51,7 @@ def run(ctx: StageContext, *, resume: bool) -> None:
                     result = score_task(engine, task, tools, max_examples=section.max_examples)
                 write_result(ctx.run, stage, result)
                 ctx.progress.note(f"{stage}: {describe(result)}")
-            done += 1
+            done += sizes[task.name]
             ctx.progress.update(done)
             ctx.stop.raise_if_requested("evaluate")
         write_chatcore(ctx.run, stage, [task.name for task in tasks])

@@ -65,7 +65,7 @@ def run_recipe(
         device = prepare_machine(resolved.hardware.device, resolved.hardware.threads)
         for note in material.notes:
             progress.note(note)
-        ctx = StageContext(run, resolved, material, progress, stop, device)
+        ctx = StageContext(run, resolved, material, progress, stop, device, list(material.notes))
         last = STAGES.index(until) if until is not None else len(STAGES) - 1
         for stage in STAGES[: last + 1]:
             run_stage(ctx, stage)
@@ -79,6 +79,7 @@ def run_stage(ctx: StageContext, stage: str) -> None:
     why = _not_needed(ctx.recipe, ctx.material, stage)
     if why is not None:
         ctx.progress.skip(stage, why)
+        ctx.notes.append(f"{stage}: {why}")
         return
     run = ctx.run
     parts = run.stage_parts(stage, data=ctx.material.manifest())
@@ -90,8 +91,13 @@ def run_stage(ctx: StageContext, stage: str) -> None:
     began = time.monotonic()
 
     def end(status: Literal["done", "interrupted", "failed"]) -> None:
-        seconds = time.monotonic() - began
-        run.end_stage(stage, status, seconds=seconds, peak_memory_bytes=peak_memory_bytes())
+        run.end_stage(
+            stage,
+            status,
+            seconds=time.monotonic() - began,
+            peak_memory_bytes=peak_memory_bytes(),
+            notes=ctx.notes,
+        )
 
     try:
         ctx.stop.raise_if_requested(stage)

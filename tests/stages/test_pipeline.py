@@ -1,0 +1,331 @@
+"""`fledge run` from the recipe to the report, in miniature: files, skipping, refusing, restarting."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fledge import cli
+from fledge.config import STAGES, TRAINED_STAGES
+from fledge.files import take_lock
+from fledge.run import Run, read_metrics
+from tests.helpers_mini import (
+    artefacts,
+    assert_three_parts,
+    differences,
+    fledge,
+    snapshot,
+    write_recipe,
+)
+
+EXAMS = ("world_chat", "world_facts", "world_math", "world_mc", "world_spell")
+HF_FILES = {"config.json", "generation_config.json", "model.safetensors"}
+TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.tiktoken"),
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> tuple[Path, str]:
+    """(a whole run that nobody may change, what it printed)."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finished = fledge("run", recipe, "--out", out)
+    assert finished.returncode == 0, finished.stderr
+    return out, finished.stdout
+
+
+@pytest.fixture
+def whole(done: tuple[Path, str]) -> Path:
+    return done[0]
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """A whole run that a test may change."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = cli.main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def records(run: Path) -> dict[str, dict[str, Any]]:
+    return {s: r for s in STAGES if (r := Run.read(run).read_stage(s)) is not None}
+
+
+# -- what one run leaves behind ------------------------------------------------------------------
+
+
+def test_every_stage_is_done_and_says_how_to_chat(done: tuple[Path, str]) -> None:
+    out, printed = done
+    assert {s: r["status"] for s, r in records(out).items()} == dict.fromkeys(STAGES, "done")
+    assert all(r["attempts"] == 1 and r["seconds"] > 0 for r in records(out).values())
+    assert "fledge chat" in printed and "report.md" in printed
+
+
+def test_the_files_of_a_run(whole: Path) -> None:
+    names = set(snapshot(whole))
+    assert {"recipe.toml", "resolved.json", "report.md", "report.html", "report.json"} <= names
+    assert {f"tokenizer/{name}" for name in (*TOKENIZER_FILES, "stats.json")} <= names
+    assert {"plots/loss.svg", "plots/bpb.svg", "plots/lr.svg", "plots/reward.svg"} <= names
+    for stage in TRAINED_STAGES:
+        own = ("stage.json", "metrics.jsonl", "log.txt", "samples.md", "LATEST")
+        assert {f"{stage}/{name}" for name in own} <= names
+        latest = (whole / stage / "LATEST").read_text().strip()
+        folder = whole / stage / "checkpoints" / latest
+        assert {p.name for p in folder.iterdir()} == HF_FILES | TOKENIZER_FILES | {"train_state"}
+        assert {p.name for p in (folder / "train_state").iterdir()} == {
+            *("optimizer-00001-of-1.safetensors", "index.json", "state.json", "SHA256SUMS"),
+        }
+        rows = read_metrics(whole / stage / "metrics.jsonl")
+        steps = {"base": 20, "mid": 8, "sft": 4, "rl": 2}[stage]
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for stage in ("mid", "sft", "rl"):
+        for task in EXAMS:
+            assert {f"evaluate/{stage}/{task}{end}" for end in (".json", ".samples.jsonl")} <= names
+        assert f"evaluate/{stage}/chatcore.json" in names
+    assert not any(name.endswith(".tmp") for name in names)
+
+
+def test_only_the_last_two_checkpoints_stay(whole: Path) -> None:
+    kept = {
+        stage: sorted(p.name for p in (whole / stage / "checkpoints").iterdir())
+        for stage in TRAINED_STAGES
+    }
+    assert kept == {
+        "base": ["step_000018", "step_000020"],
+        "mid": ["step_000006", "step_000008"],
+        "sft": ["step_000002", "step_000004"],
+        "rl": ["step_000001", "step_000002"],
+    }
+
+
+def test_report_json_has_the_shape_that_programs_read(whole: Path) -> None:
+    facts = json.loads((whole / "report.json").read_text())
+    check_shape(facts, trained=TRAINED_STAGES)
+    assert set(facts["stages"]) == set(STAGES)
+    assert facts["model"]["depth"] == 1
+    assert facts["model"]["training_tokens"] > 16_000
+    scores = facts["stages"]["sft"]["scores"]
+    assert {*EXAMS, "chatcore", "bpb_chats"} == set(scores)
+    assert all(scores[task]["n"] == 4 for task in EXAMS)
+    assert facts["stages"]["base"]["scores"]["bpb"]["bound"] > 0
+
+
+def check_shape(facts: dict[str, Any], *, trained: tuple[str, ...]) -> None:
+    """DESIGN 4.3: the one shape of report.json and `fledge eval --json`."""
+    assert {"depth", "parameters", "training_tokens"} <= set(facts["model"])
+    for stage in trained:
+        table = facts["stages"][stage]
+        assert {"seconds", "peak_memory_bytes", "scores"} <= set(table)
+        for score in table["scores"].values():
+            assert {"value", "low", "high", "n", "chance", "unit"} <= set(score)
+
+
+# -- running again -------------------------------------------------------------------------------
+
+
+def test_running_again_skips_everything_and_changes_no_byte(
+    copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(copy)
+    code, _, err = call(capsys, "run", recipe, "--out", copy)
+    assert code == 0, err
+    assert err.count("already done") == len(STAGES)
+    after = snapshot(copy)
+    after[".lock"] = before[".lock"]  # the process that held it last
+    assert differences(before, after) == []
+
+
+def test_stopping_after_base_and_going_on_equals_one_go(
+    whole: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    code, printed, err = call(capsys, "run", recipe, "--out", out, "--until", "base")
+    assert code == 0, err
+    assert set(records(out)) == {"tokenizer", "base"}
+    assert "still to do" in (out / "report.md").read_text()
+    assert call(capsys, "run", recipe, "--out", out)[0] == 0
+    assert differences(artefacts(whole), artefacts(out)) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("data.seed 1", "model.depth 2", "base.matrix_lr 0.5", "mid.tokens 2048", "sft.seed 1"),
+        *("rl.temperature 0.5", "rl.steps 0", "evaluate.max_examples 3"),
+    ],
+)
+def test_a_changed_key_is_refused_by_name(
+    key: str, copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = key.split()
+    before = snapshot(copy)
+    code, _, err = call(capsys, "run", recipe, "--out", copy, f"--{name}", value)
+    assert code == 1
+    assert_three_parts(err)
+    assert f"changed since then: {name}: " in err or f"; {name}: " in err, err
+    assert "--restart" in err
+    after = snapshot(copy)
+    after[".lock"] = before[".lock"]
+    assert differences(before, after) == []
+
+
+def test_keys_of_the_execution_never_refuse(
+    copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = artefacts(copy)
+    words = ("--hardware.threads", 2, "--base.device_batch_size", 1, "--sft.device_batch_size", 2)
+    code, _, err = call(capsys, "run", recipe, "--out", copy, *words)
+    assert code == 0, err
+    changed = differences(before, artefacts(copy))
+    assert set(changed) <= {"report.md", "report.html", "recipe.toml", "resolved.json"}
+
+
+def test_restart_does_a_stage_and_the_later_ones_anew(
+    whole: Path, copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "sft" / "samples.md").write_text("mine")
+    code, _, err = call(capsys, "run", recipe, "--out", copy, "--restart", "sft")
+    assert code == 0, err
+    assert err.count("already done") == 3
+    assert differences(artefacts(whole), artefacts(copy)) == []
+
+
+def test_restart_takes_a_changed_key(
+    whole: Path, copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--sft.seed", 1, "--sft.tokens", 1024, "--rl.steps", 0)
+    code, _, err = call(capsys, "run", recipe, "--out", copy, "--restart", "sft", *words)
+    assert code == 0, err
+    changed = differences(artefacts(whole), artefacts(copy))
+    assert not [name for name in changed if name.startswith(("tokenizer/", "base/", "mid/"))]
+    assert "sft/checkpoints/step_000004/model.safetensors" in changed
+    assert not (copy / "rl").exists() and not (copy / "evaluate" / "rl").exists()
+    assert Run.read(copy).asked.sft.tokens == 1024
+    # and from here on it is the run's recipe
+    code, _, err = call(capsys, "run", recipe, "--out", copy, *words)
+    assert code == 0 and err.count("already done") == len(STAGES) - 1
+
+
+def test_without_steps_rl_is_left_out(
+    copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("run", recipe, "--out", copy, "--restart", "rl", "--rl.steps", 0)
+    code, _, err = call(capsys, *words)
+    assert code == 0, err
+    assert "rl: left out (rl.steps = 0)" in err
+    assert not (copy / "rl").exists()
+    assert {p.name for p in (copy / "evaluate").iterdir() if p.is_dir()} == {"mid", "sft"}
+    last = Run.read(copy).last_model()
+    assert last is not None and last[0] == "sft"
+    assert "rl.steps = 0" in (copy / "report.md").read_text()
+
+
+def test_a_second_process_on_the_same_run_is_refused(copy: Path, recipe: Path) -> None:
+    import os
+
+    lock = take_lock(copy / ".lock", copy)
+    try:
+        before = snapshot(copy)
+        second = fledge("run", recipe, "--out", copy)
+        assert second.returncode == 1
+        assert_three_parts(second.stderr)
+        assert "is in use" in second.stderr and str(os.getpid()) in second.stderr
+        assert differences(before, snapshot(copy)) == []
+    finally:
+        os.close(lock)
+
+
+# -- the other verbs on a run --------------------------------------------------------------------
+
+
+def test_the_report_renders_again(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(copy)
+    for name in ("report.md", "report.html", "report.json", "plots/loss.svg"):
+        (copy / name).unlink()
+    code, printed, err = call(capsys, "report", copy)
+    assert code == 0, err
+    assert printed == before["report.md"].decode()
+    assert differences(before, snapshot(copy)) == []
+
+
+def test_eval_of_a_run_has_the_shape_of_its_report(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("eval", whole, "--tasks", "world_mc,world_spell", "--max-examples", 4, "--json")
+    code, printed, err = call(capsys, *words)
+    assert code == 0, err
+    found = json.loads(printed)
+    check_shape(found, trained=("rl",))
+    report = json.loads((whole / "report.json").read_text())
+    assert found["model"] == report["model"]
+    for task in ("world_mc", "world_spell"):
+        mine, stored = (f["stages"]["rl"]["scores"][task] for f in (found, report))
+        assert mine["value"] == stored["value"] and mine["n"] == stored["n"] == 4
+
+
+def test_a_checkpoint_inside_a_run_is_examined_on_the_world_of_the_run(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = whole / "rl" / "checkpoints" / "step_000002"
+    words = ("--tasks", "world_mc", "--max-examples", 4, "--json")
+    answers = [call(capsys, "eval", path, *words) for path in (whole, folder)]
+    assert [code for code, _, _ in answers] == [0, 0]
+    values = [json.loads(a[1])["stages"]["rl"]["scores"]["world_mc"]["value"] for a in answers]
+    assert values[0] == values[1]
+
+
+def test_chat_answers_from_a_run_and_from_a_checkpoint(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = whole / "rl" / "checkpoints" / "step_000002"
+    words = ("-p", "Who are you?", "--max-tokens", 8)
+    answers = [call(capsys, "chat", path, *words) for path in (whole, folder)]
+    assert [code for code, _, _ in answers] == [0, 0]
+    assert answers[0][1] == answers[1][1] != ""
+
+
+# -- the user's own text -------------------------------------------------------------------------
+
+
+def test_own_text_goes_through_all_stages(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FLEDGE_DATA", raising=False)
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        story = " ".join(f"The fox number {i} saw {j} hens on day {i * j}." for j in range(12))
+        (text / f"{i:02d}.txt").write_text(story, encoding="utf-8")
+    words = ("run", recipe, "--out", tmp_path / "run", "--data.source", text)
+    words += ("--data.val_fraction", 0.2, "--base.tokens", 2048)
+    code, _, err = call(capsys, *words)
+    assert code == 0, err
+    assert "rl: left out" in err and "gsm8k" in err
+    assert set(records(tmp_path / "run")) == set(STAGES) - {"rl"}
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert str(text) in page
+    shutil.move(text, tmp_path / "moved")  # a place is not the data
+    words = words[:4] + ("--data.source", tmp_path / "moved") + words[6:]
+    code, _, err = call(capsys, *words)
+    assert code == 0, err
+    (tmp_path / "moved" / "00.txt").write_text("something else", encoding="utf-8")
+    code, _, err = call(capsys, *words)
+    assert code == 1
+    assert_three_parts(err)
+    assert "data.text" in err
