@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from fledge import files
 from fledge.errors import EXIT_DONE, FledgeError, UserError
-from fledge.run import Run
+from fledge.run import Run, find_checkpoint
 from fledge.tokenizer.chat import render_prompt, window
 from fledge.tokenizer.reply import split_parts
 
@@ -209,33 +209,6 @@ class StreamText:
 
 
 # -- loading -------------------------------------------------------------------------------------
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Run | None, str | None]:
-    """(checkpoint folder, its run, its stage) of a run directory, a stage or a checkpoint."""
-    if Run.is_run(path):
-        run = Run.read(path)
-        last = run.last_model()
-        if last is None:
-            raise UserError(
-                f"{path} has no trained model yet",
-                "no stage has saved a checkpoint",
-                "train it with `fledge run`, and chat when base has begun to save",
-            )
-        return last[1], run, last[0]
-    if (path / "config.json").is_file():
-        return path, None, None
-    parent = path.absolute().parent
-    if Run.is_run(parent) and (path / "LATEST").is_file():
-        run, stage = Run.read(parent), path.absolute().name
-        folder = run.latest_checkpoint(stage)
-        assert folder is not None
-        return folder, run, stage
-    raise UserError(
-        f"{path} holds no model",
-        "it is neither a run directory nor a checkpoint folder with a config.json",
-        "give what `fledge run` wrote, for example runs/quickstart",
-    )
 
 
 @contextlib.contextmanager

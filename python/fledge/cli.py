@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fledge
+from fledge import files
 from fledge.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -94,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else EXIT_USER_ERROR
     except Exception as error:
+        told = files.disk_full(error)
+        if told is not None:
+            _complain(f"error: {told}", debug=debug)
+            return told.exit_code
         _complain(
             f"error: fledge itself failed with {type(error).__name__}: {error}\n"
             "  why: this is a bug, not a mistake of yours\n"

@@ -3,8 +3,8 @@
 A `Recipe` is what the user asked for. A key that is `None` means "the planner decides"
 (`fledge.plan.planner` turns a recipe into a `Plan`). `ModelConfig` is the shape of one network in
 Hugging Face names. Keys tagged *execution* change how fast or where a run happens, never its
-numbers, and so never enter a fingerprint. This module reads and writes TOML; it never derives a number and
-never imports torch.
+numbers, and so never enter a fingerprint. This module reads and writes TOML; it never derives a
+number and never imports torch.
 """
 
 from __future__ import annotations

@@ -111,6 +111,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_whole(folder: Path) -> None:
+    """Delete a folder so that a crash leaves all of it or none: first it gets a temporary name."""
+    with refusals(folder):
+        aside = folder.with_name(folder.name + TEMPORARY)
+        remove(aside)
+        os.rename(folder, aside)
+        remove(aside)
+
+
 def remove_temporary(folder: Path) -> list[Path]:
     """Delete what a crash left behind (`*.tmp`) anywhere below `folder`; says what it removed.
 
@@ -151,29 +160,30 @@ def refusals(path: Path) -> Iterator[None]:
         yield
     except FledgeError:
         raise
-    except OSError as error:
-        user_error = _explain(path, error)
+    except Exception as error:
+        user_error = disk_full(error, path)
+        if user_error is None and isinstance(error, OSError):
+            user_error = _explain(path, error)
         if user_error is None:
             raise
         raise user_error from error
-    except Exception as error:
-        # safetensors and pyarrow report a full disk in their own exception types
-        if "No space left on device" not in str(error) and "os error 28" not in str(error):
-            raise
-        raise _disk_full(path) from error
 
 
-def _disk_full(path: Path) -> UserError:
+def disk_full(error: Exception, path: Path | None = None) -> UserError | None:
+    """The words for an error that means a full disk, or None if it means something else."""
+    # safetensors and pyarrow report a full disk in their own exception types
+    told = "No space left on device" in str(error) or "os error 28" in str(error)
+    if not told and getattr(error, "errno", None) not in _FULL:
+        return None
+    name = path or getattr(error, "filename", None)
     return UserError(
-        f"cannot write {path}",
+        f"cannot write {name}" if name else "cannot write",
         "the disk is full",
         "free some space, or run again with --out DIR on another disk; finished work is kept",
     )
 
 
 def _explain(path: Path, error: OSError) -> UserError | None:
-    if error.errno in _FULL:
-        return _disk_full(path)
     if error.errno in _FORBIDDEN:
         reason = "the file system is read-only" if error.errno == errno.EROFS else "no permission"
         return UserError(

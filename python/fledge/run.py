@@ -60,6 +60,7 @@ __all__ = [
     "StopRequest",
     "atomic_directory",
     "describe",
+    "find_checkpoint",
     "read_metrics",
     "require_free_bytes",
     "without_timing",
@@ -136,12 +137,10 @@ class Run:
         before = {p.name for p in out.iterdir()}
         lock = files.take_lock(out / ".lock", out)
         try:
-            with files.refusals(out):
-                files.remove_temporary(out)
             run = cls._create_or_reopen(out, fresh, plan)
         except BaseException:
             with contextlib.suppress(OSError):
-                for name in {".lock", "recipe.toml"} - before:
+                for name in {".lock", "recipe.toml", "resolved.json"} - before:
                     (out / name).unlink(missing_ok=True)
             os.close(lock)
             _remove_if_empty(made)
@@ -154,7 +153,9 @@ class Run:
     def _create_or_reopen(cls, out: Path, fresh: dict[str, Any], plan: PlanLike) -> Run:
         resolved_file = out / "resolved.json"
         if not resolved_file.exists():
-            foreign = [p.name for p in out.iterdir() if p.name not in (".lock", "recipe.toml")]
+            # a folder that is not ours stays as it is: one may have said --out . by mistake
+            own = (".lock", "resolved.json" + files.TEMPORARY)
+            foreign = [p.name for p in out.iterdir() if p.name not in own]
             if foreign:
                 raise UserError(
                     f"{out} is not empty and not a run directory",
@@ -165,7 +166,11 @@ class Run:
             run = cls(out, fresh)
             run._write_description()
             return run
+        with files.refusals(out):
+            files.remove_temporary(out)
         run = cls(out, _read_resolved(resolved_file))
+        if not run._recipe_is_written():  # killed while the description was written
+            run._write_description()
         run._take_up(fresh, plan)
         return run
 
@@ -357,8 +362,10 @@ class Run:
             name = (self.stage_dir(stage) / "LATEST").read_text(encoding="utf-8").strip()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except UnicodeDecodeError:
+            name = ""
         folder = self.checkpoints_dir(stage) / name
-        if not (name.startswith("step_") and folder.is_dir()):
+        if not (name.startswith("step_") and name[5:].isdigit() and folder.is_dir()):
             raise UserError(
                 f"{self.stage_dir(stage)} names {name!r} as its last checkpoint",
                 "that folder is missing",
@@ -379,7 +386,9 @@ class Run:
     def read_stage(self, stage: str) -> dict[str, Any] | None:
         """The stage's record (stage.json), or None before it begins."""
         try:
-            return json.loads(self.stage_file(stage).read_text(encoding="utf-8"))
+            record = json.loads(self.stage_file(stage).read_text(encoding="utf-8"))
+            _require_keys(record, _RECORD_KEYS)
+            return record
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
@@ -501,11 +510,50 @@ class Run:
         self._write_description()
         return gone
 
+    def _recipe_is_written(self) -> bool:
+        try:
+            return self.recipe_file.read_text(encoding="utf-8") == recipe_to_toml(self.asked)
+        except (FileNotFoundError, UnicodeDecodeError):
+            return False
+
     def _write_description(self) -> None:
-        """recipe.toml, then resolved.json, whose presence makes the folder a run."""
-        files.write_text(self.recipe_file, recipe_to_toml(self.asked))
+        """resolved.json, whose presence makes the folder a run, and recipe.toml."""
         files.write_json(self.resolved_file, self.resolved)
+        files.write_text(self.recipe_file, recipe_to_toml(self.asked))
         self._pending = False
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Run | None, str | None]:
+    """(checkpoint folder, its run, its stage) of a run directory, a stage or a checkpoint.
+
+    A run gives its last model; a checkpoint that lies in no run has neither run nor stage.
+    """
+    path = Path(path).absolute()
+    if Run.is_run(path):
+        run = Run.read(path)
+        last = run.last_model()
+        if last is None:
+            raise UserError(
+                f"{path} has no trained model yet",
+                "no stage has saved a checkpoint",
+                "go on with `fledge run`; there is one as soon as base has begun to save",
+            )
+        return last[1], run, last[0]
+    if (path / "LATEST").is_file() and path.name in STAGES and Run.is_run(path.parent):
+        run = Run.read(path.parent)
+        folder = run.latest_checkpoint(path.name)
+        assert folder is not None
+        return folder, run, path.name
+    if (path / "config.json").is_file():
+        stage = path.parent.parent
+        if path.parent.name == "checkpoints" and stage.name in STAGES and Run.is_run(stage.parent):
+            return path, Run.read(stage.parent), stage.name
+        return path, None, None
+    raise UserError(
+        f"{path} holds no model",
+        "it is neither a run directory nor a checkpoint folder with a config.json",
+        "give what `fledge run` wrote, for example runs/quickstart",
+    )
 
 
 def describe(name: str, recipe: Recipe, plan: PlanLike) -> dict[str, Any]:
@@ -523,10 +571,13 @@ def describe(name: str, recipe: Recipe, plan: PlanLike) -> dict[str, Any]:
 def _read_resolved(path: Path) -> dict[str, Any]:
     try:
         resolved = json.loads(path.read_text(encoding="utf-8"))
+        _require_keys(resolved, {"format": int})
         found = resolved["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        if found == FORMAT:
+            _require_keys(resolved, _RESOLVED_KEYS)
+    except ValueError as error:
         raise UserError(
-            f"{path} is damaged", repr(error), "restore it, or start anew with --out DIR"
+            f"{path} is damaged", str(error), "restore it, or start anew with --out DIR"
         ) from None
     if found != FORMAT:
         raise UserError(
@@ -535,6 +586,23 @@ def _read_resolved(path: Path) -> dict[str, Any]:
             f"use fledge {resolved.get('versions', {}).get('fledge', '')} for it, or another --out",
         )
     return resolved
+
+
+_RESOLVED_KEYS = {"name": str} | dict.fromkeys(
+    ("recipe", "model", "values", "rules", "estimates", "hardware", "versions"), dict
+)
+_RECORD_KEYS = {"status": str, "fingerprint": str, "inputs": dict, "parts": dict} | dict.fromkeys(
+    ("seconds", "peak_memory_bytes", "attempts"), (int, float)
+)
+
+
+def _require_keys(table: Any, keys: Mapping[str, Any]) -> None:
+    """ValueError that names what a stored JSON object lacks."""
+    if not isinstance(table, dict):
+        raise ValueError(f"it holds a {type(table).__name__} instead of an object")
+    for key, kind in keys.items():
+        if not isinstance(table.get(key), kind):
+            raise ValueError(f"its entry {key!r} is missing or of a wrong kind")
 
 
 def _numeric_recipe(tables: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ BAD = [
     ({"messages": [c.user("a"), {"role": "tool", "content": "x"}]}, "must follow an assistant"),
     ({"messages": [c.user("a"), {"role": "system", "content": "x"}]}, "must come first"),
     ({"messages": [c.user("a"), {"role": "assistant", "tool_calls": [{}]}]}, "function.name"),
-    ({"messages": TOOL_TURN["messages"][:3] + [c.user("x")]}, "have no tool message"),
+    ({"messages": [*TOOL_TURN["messages"][:3], c.user("x")]}, "have no tool message"),
 ]
 
 

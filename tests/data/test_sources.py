@@ -96,7 +96,7 @@ def test_multibyte_characters_survive_chunk_borders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 7)
-    text = "".join(f"naïve – 世界 {i}\r\n" for i in range(900))
+    text = "".join(f"naïve — 世界 {i}\r\n" for i in range(900))
     (tmp_path / "a.txt").write_bytes(text.encode())
     write_jsonl(tmp_path / "b.jsonl", [{"text": text.replace("\r", "")}])
     for name in ("a.txt", "b.jsonl"):

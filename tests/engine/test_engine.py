@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
+from tests.helpers_model import tiny_model, tiny_tokenizer
 
 from fledge.engine import Engine, SamplingParams
 from fledge.engine.sampling import sample, uniform
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
-from tests.helpers_model import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -55,9 +55,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_log_probabilities_equal_teacher_forcing():
     subject = engine()
     params = SamplingParams(max_tokens=10, temperature=1.0, seed=1)
-    for prompt, (completion,) in zip(
-        prompts(6), subject.generate(prompts(6), params), strict=True
-    ):
+    for prompt, (completion,) in zip(prompts(6), subject.generate(prompts(6), params), strict=True):
         (scored,) = subject.score([prompt + completion.ids])
         assert completion.logprobs == pytest.approx(scored[len(prompt) :], abs=1e-4)
 
@@ -128,7 +126,7 @@ def test_a_completion_ends_where_the_context_ends():
 
 def test_uniform_numbers_are_uniform_and_keyed():
     draws = [uniform(0, c, p) for c in range(40) for p in range(500)]
-    assert 0 <= min(draws) and max(draws) < 1
+    assert min(draws) >= 0 and max(draws) < 1
     counts = torch.histc(torch.tensor(draws), bins=20, min=0, max=1)
     chi_square = float(((counts - 1000) ** 2 / 1000).sum())
     assert chi_square < 43.8  # 0.1 % point of chi-square with 19 degrees of freedom

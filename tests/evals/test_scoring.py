@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.helpers_model import TEXTS, tiny_model, tiny_tokenizer
 
 from fledge.data.loader import Loader
 from fledge.data.tokenized import TextDocuments
@@ -13,8 +14,8 @@ from fledge.engine.tools import Tools
 from fledge.evals import bpb
 from fledge.evals.scoring import pick_items, score_task
 from fledge.evals.tasks.worlds import chosen_letter, grade
+from fledge.tokenizer.chat import render_prompt
 from fledge.tokenizer.reply import answer_text, last_number, split_parts
-from tests.helpers_model import TEXTS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -90,30 +91,44 @@ def test_parts_of_a_reply_are_told_apart():
     assert last_number("minus -3.5 of 1,200") == "1200"
 
 
-class Letters:
-    """A multiple-choice exam answered in words; the model under test says nothing useful."""
+class Options:
+    """A multiple-choice exam whose options are whole replies."""
 
-    name, kind, chance, max_new_tokens, letters = "letters", "generate", 0.25, 4, ("A", "B")
+    name, kind, chance, max_new_tokens = "options", "reply", 0.25, 64
 
-    def __init__(self, texts: list[str]) -> None:
-        self.texts = texts
+    def __init__(self, texts: list[str], replies: list[str]) -> None:
+        self.texts, self.replies = texts, replies
 
     def items(self):
         return [
-            {"id": str(i), "messages": [{"role": "user", "content": t}], "answer": "A"}
-            for i, t in enumerate(self.texts)
+            {
+                "id": str(i),
+                "messages": [{"role": "user", "content": text}],
+                "answer": "A",
+                "replies": self.replies,
+            }
+            for i, text in enumerate(self.texts)
         ]
 
     def grade(self, item, text):
         return chosen_letter(text) == item["answer"]
 
 
-def test_silent_replies_are_forced_to_a_letter_and_long_prompts_counted_wrong():
+def test_the_likeliest_reply_per_token_is_chosen_and_long_prompts_count_as_wrong():
     engine = Engine(tiny_model(TOKENIZER.vocab_size), TOKENIZER)
+    replies = ["one\nAnswer: A", "a much longer reply\nAnswer: B"]
     with Tools() as tools:
-        result = score_task(engine, Letters(["which one?", "x" * 500]), tools)
+        result = score_task(engine, Options(["which one?", "x" * 500], replies), tools)
     first, second = result.records
-    assert first["finish"] == "forced_letter" and chosen_letter(first["output"]) in ("A", "B")
+    prompt = render_prompt(TOKENIZER, [{"role": "user", "content": "which one?"}])
+    means = []
+    for reply in replies:
+        ids = prompt + TOKENIZER.encode(reply) + [TOKENIZER.eos_id]
+        logprobs = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
+        picked = [float(logprobs[t - 1, ids[t]]) for t in range(len(prompt), len(ids))]
+        means.append(sum(picked) / len(picked))
+    assert first["mean_logprobs"] == pytest.approx(means, abs=1e-4)
+    assert first["output"] == replies[means.index(max(means))]
     assert second["finish"] == "too_long" and second["correct"] is False
     assert result.n == 2 and result.note is not None and "1 prompts" in result.note
     assert result.low <= result.value <= result.high
@@ -152,7 +167,5 @@ def test_bits_per_byte_do_not_depend_on_the_batch():
     loader = Loader(documents, row_tokens=16, pad_id=TOKENIZER.pad_id, split=True)
     validation = bpb.ValidationSet.take(loader, 300)
     counts = bpb.token_byte_counts(TOKENIZER)
-    values = [
-        bpb.measure(model, validation, counts, device_batch_size=b).bpb for b in (1, 4, 64)
-    ]
+    values = [bpb.measure(model, validation, counts, device_batch_size=b).bpb for b in (1, 4, 64)]
     assert np.ptp(values) < 1e-6

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-
 from tests.model.test_transformer import CONFIG, random_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

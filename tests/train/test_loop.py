@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.model.test_transformer import CONFIG, random_model
 
 from fledge.data.loader import Loader
 from fledge.errors import Interrupted
@@ -10,7 +11,6 @@ from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
 from fledge.train.loop import Cadence, accumulate, train
-from tests.model.test_transformer import CONFIG, random_model
 
 RATES = LearningRates(0.01, 0.05, 0.01, 0.01, 0.0)
 SCHEDULE = Schedule(steps=6, warmup_steps=1, cooldown_fraction=0.5, final_lr_fraction=0.1)

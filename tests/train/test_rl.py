@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tests.helpers_model import tiny_model, tiny_tokenizer
 
 from fledge.engine import Completion, Engine
 from fledge.engine.tools import Tools
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
 from fledge.train import rl
-from tests.helpers_model import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

@@ -1,9 +1,9 @@
 """Scoring tasks with the engine: prompts in, graded records and intervals out.
 
 Two primitives, as everywhere in fledge: `generate` (greedy, with tools) and the log-probability of
-given tokens (the letters of a multiple-choice item). A task says which it wants through `kind`; the
-result holds one record per example, so that any score can be looked into. Called by
-`stages.evaluate` and by the stages' eval hooks; never by the trainer directly.
+given tokens (the letters or the whole replies of a multiple-choice item). A task says which it
+wants through `kind`; the result holds one record per example, so that any score can be looked into.
+Called by `stages.evaluate` and by the stages' eval hooks; never by the trainer directly.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def score_task(
     items = pick_items(task.items(), max_examples)
     tokenizer = engine.tokenizer
     limit = engine.model.config.max_position_embeddings
-    room = min(task.max_new_tokens, limit // 2) if task.kind == "generate" else 1
+    room = min(task.max_new_tokens, limit // 2) if task.kind != "choice" else 1
     prompts = [render_prompt(tokenizer, item["messages"]) for item in items]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) + room <= limit]
     replies: list[dict[str, Any]] = [
@@ -73,6 +73,8 @@ def score_task(
     fitting = [prompts[i] for i in fits]
     if task.kind == "choice":
         found = _choose(engine, fitting, [items[i]["letters"] for i in fits])
+    elif task.kind == "reply":
+        found = _likeliest_reply(engine, fitting, [items[i] for i in fits])
     else:
         found = _generate(engine, fitting, task, tools, room)
     for i, reply in zip(fits, found, strict=True):
@@ -112,27 +114,7 @@ def _generate(
         parts = split_parts(engine.tokenizer, completion.ids)
         text = answer_text(parts)
         replies.append({"output": text, "parts": parts, "finish": completion.finish_reason})
-    letters = getattr(task, "letters", None)
-    if letters:
-        _force_letters(engine, prompts, replies, letters)
     return replies
-
-
-def _force_letters(
-    engine: Engine, prompts: list[list[int]], replies: list[dict[str, Any]], letters: tuple
-) -> None:
-    """A multiple-choice reply that names no letter is read as the likeliest one."""
-    from fledge.evals.tasks.worlds import chosen_letter
-
-    silent = [i for i, reply in enumerate(replies) if chosen_letter(reply["output"]) is None]
-    if not silent:
-        return
-    forced = [prompts[i] + engine.tokenizer.encode("Answer:") for i in silent]
-    candidates = [engine.tokenizer.encode(f" {letter}")[-1] for letter in letters]
-    for i, logprobs in zip(silent, engine.next_logprobs(forced, candidates), strict=True):
-        best = max(range(len(letters)), key=lambda c: logprobs[c])
-        replies[i]["output"] += f" Answer: {letters[best]}"
-        replies[i]["finish"] = "forced_letter"
 
 
 def _choose(
@@ -147,6 +129,34 @@ def _choose(
         best = max(group, key=lambda letter: logprobs[place[letter]])
         replies.append(
             {"output": best, "parts": [{"type": "text", "text": best}], "finish": "choice"}
+        )
+    return replies
+
+
+def _likeliest_reply(
+    engine: Engine, prompts: list[list[int]], items: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The option whose reply has the highest mean log-probability per token (CORE's rule)."""
+    tokenizer = engine.tokenizer
+    rows = [
+        prompt + tokenizer.encode(reply) + [tokenizer.eos_id]
+        for prompt, item in zip(prompts, items, strict=True)
+        for reply in item["replies"]
+    ]
+    scores = iter(engine.score(rows))
+    replies = []
+    for prompt, item in zip(prompts, items, strict=True):
+        tails = [next(scores)[len(prompt) :] for _ in item["replies"]]
+        means = [sum(tail) / len(tail) for tail in tails]
+        best = max(range(len(means)), key=lambda i: means[i])
+        text = item["replies"][best]
+        replies.append(
+            {
+                "output": text,
+                "parts": [{"type": "text", "text": text}],
+                "finish": "choice",
+                "mean_logprobs": [round(mean, 5) for mean in means],
+            }
         )
     return replies
 

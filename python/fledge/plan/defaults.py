@@ -69,7 +69,13 @@ class Defaults:
     tied_embed_lr: float = 0.01
     """AdamW for a table that is also the head."""
     norm_lr: float = 0.005
+    small_matrix_lr: float = 0.03
+    small_embed_lr: float = 0.2
+    small_head_lr: float = 0.01
+    small_norm_lr: float = 0.01
+    """Tuned below depth 8 on the almanac, width 128 to 256, 0.5 to 3.4M tokens (docs/log.md)."""
     weight_decay: float = 0.1
+    small_weight_decay: float = 0.0
 
     # schedules
     most_warmup_steps: int = 40
@@ -105,6 +111,15 @@ class Defaults:
     def learning_rates(self, model: ModelConfig, batch: int) -> LearningRates:
         """Peak rates for a network and a batch (in tokens)."""
         del batch  # no rule looks at it yet
+        if model.num_hidden_layers < 8 and not model.tie_word_embeddings:
+            rule = "tuned for small depths on the almanac (docs/log.md)"
+            rates = (
+                self.small_matrix_lr,
+                self.small_embed_lr,
+                self.small_head_lr,
+                self.small_norm_lr,
+            )
+            return LearningRates(*rates, rule, rule, rule, rule)
         if model.tie_word_embeddings:
             embed, rule = self.tied_embed_lr, f"{self.tied_embed_lr:g}: the table is also the head"
         else:

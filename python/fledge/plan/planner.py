@@ -248,7 +248,14 @@ def _plan_base(draft: _Draft, model: ModelConfig) -> None:
     draft.put("base.embed_lr", lrs.embed, lrs.embed_rule)
     draft.put("base.head_lr", lrs.head, lrs.head_rule)
     draft.put("base.norm_lr", lrs.norm, lrs.norm_rule)
-    draft.put("base.weight_decay", DEFAULTS.weight_decay, "house default for Muon")
+    if model.num_hidden_layers < 8:
+        draft.put(
+            "base.weight_decay",
+            DEFAULTS.small_weight_decay,
+            "none below depth 8: a short run has nothing to forget",
+        )
+    else:
+        draft.put("base.weight_decay", DEFAULTS.weight_decay, "house default for Muon")
     _plan_schedule(draft, "base", steps)
     share = draft.values["base.tokens"] // DEFAULTS.eval_share
     eval_tokens = min(max(share, DEFAULTS.least_eval_tokens), DEFAULTS.most_eval_tokens)
@@ -401,6 +408,10 @@ def _check(values: dict[str, Any]) -> None:
                 f"{key} = {value}",
                 "it must not be negative" if least_is_zero else "it must be above zero",
                 f"give another number, or leave {key} out to let the planner choose",
+            )
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(
+                f"{key} = {value}", "it must fit in 64 bits", "give a smaller whole number"
             )
         if name in _SHARES and value > 1:
             raise UserError(f"{key} = {value}", "it is a share", "give a number between 0 and 1")

@@ -39,16 +39,19 @@ def run_chats(ctx: StageContext, stage: str, *, previous: str, resume: bool) -> 
 def replies(
     model: Transformer, tokenizer: Tokenizer, questions: list[str]
 ) -> list[tuple[str, str]]:
-    """Greedy answers with tools, tool traces shown in brackets."""
+    """Greedy answers with tools, tool traces in brackets; a question too long is left out."""
     model.eval()
     engine = Engine(model, tokenizer)
-    prompts = [
-        render_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions
-    ]
+    asked = {
+        question: render_prompt(tokenizer, [{"role": "user", "content": question}])
+        for question in questions
+    }
+    room = model.config.max_position_embeddings
+    asked = {question: prompt for question, prompt in asked.items() if len(prompt) < room}
     with Tools() as tools:
-        done = engine.generate(prompts, SamplingParams(max_tokens=96), tools)
+        done = engine.generate(list(asked.values()), SamplingParams(max_tokens=96), tools)
     shown = []
-    for question, (completion,) in zip(questions, done, strict=True):
+    for question, (completion,) in zip(asked, done, strict=True):
         parts = split_parts(tokenizer, completion.ids)
         text = " ".join(
             part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"

@@ -6,20 +6,23 @@ whose result file exists is not repeated, so an interrupted evaluation goes on w
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from fledge import files
-from fledge.config import DataSection, Recipe
 from fledge.engine import Engine
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.evals.scoring import TaskResult, pick_items, score_task
 from fledge.evals.tasks.base import Task
-from fledge.run import Run
-from fledge.stages.context import StageContext
-from fledge.stages.material import Material, open_material
+from fledge.evals.tasks.registry import find_tasks
+from fledge.report import gather
+from fledge.run import Run, find_checkpoint
+from fledge.stages.context import StageContext, peak_memory_bytes
+from fledge.stages.material import open_material
 from fledge.train.checkpoint import verify
 
 
@@ -63,7 +66,8 @@ def write_result(run: Run, stage: str, result: TaskResult) -> None:
         json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in result.records
     )
     samples = run.task_samples_file(stage, result.name)
-    samples.parent.mkdir(parents=True, exist_ok=True)
+    with files.refusals(samples):
+        samples.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(samples, records)
     files.write_json(
         run.task_file(stage, result.name),
@@ -99,39 +103,48 @@ def evaluate_model(
     max_examples: int | None,
     data_root: str | None,
 ) -> dict[str, Any]:
-    """Examines a run's last stage or one checkpoint folder; the shape of report.json's scores.
+    """Examines a run's last stage or one checkpoint folder; the shape of report.json.
 
-    A run's own material gives the tasks; a bare checkpoint is examined on the real tasks found
-    under `data_root` or FLEDGE_DATA.
+    The material of the run that the checkpoint lies in gives the tasks; one that lies in no run is
+    examined on the real tasks found under `data_root` or FLEDGE_DATA.
     """
-    path = Path(path)
-    stage, checkpoint = "model", path
-    recipe = Recipe(data=DataSection(root=data_root))
-    material: Material
-    if Run.is_run(path):
-        run = Run.read(path)
-        last = run.last_model()
-        if last is None:
-            raise UserError(
-                f"{path} has no trained model yet", "no stage has a checkpoint", "run it first"
-            )
-        stage, checkpoint = last
-        recipe = run.recipe
-    material = open_material(recipe)
-    found: list[Task] = material.tasks(tasks)
+    folder, run, stage = find_checkpoint(Path(path))
+    found, notes = _tasks_for(run, tasks, data_root)
     if not found:
         raise UserError(
-            f"none of the tasks {', '.join(tasks or ())} can be examined",
-            "; ".join(material.notes) or "the data offers no such task",
-            "name tasks that exist (`fledge data list`), or give --data-root",
+            f"there is nothing to examine {path} on",
+            "; ".join(notes) or "its data offers no task",
+            "put task files under FLEDGE_DATA, or name their folder with --data-root",
         )
-    engine = Engine.from_folder(checkpoint)
+    engine = Engine.from_folder(folder)
     engine.model.eval()
     scores = {}
+    began = time.monotonic()
     for task in found:
         with Tools() as tools:
             result = score_task(engine, task, tools, max_examples=max_examples)
         scores[result.name] = result.summary() | {"seconds": round(result.seconds, 3)}
-    parameters = sum(p.numel() for p in engine.model.parameters())
-    model = {"depth": engine.model.config.num_hidden_layers, "parameters": parameters}
-    return {"model": model, "stages": {stage: {"scores": scores}}}
+    table = {
+        "seconds": round(time.monotonic() - began, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "scores": scores,
+    }
+    model = {
+        "depth": engine.model.config.num_hidden_layers,
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "training_tokens": gather(run)["model"]["training_tokens"] if run is not None else None,
+    }
+    return {"model": model, "stages": {stage or "model": table}}
+
+
+def _tasks_for(
+    run: Run | None, names: tuple[str, ...] | None, data_root: str | None
+) -> tuple[list[Task], list[str]]:
+    """(tasks, notes on what is missing); UserError for a name that is no task."""
+    if run is None:
+        return find_tasks(data_root, names)
+    recipe = run.recipe
+    data = dataclasses.replace(recipe.data, root=data_root or recipe.data.root)
+    asked = dataclasses.replace(recipe.evaluate, tasks=names)
+    material = open_material(dataclasses.replace(recipe, data=data, evaluate=asked))
+    return material.tasks(names), material.notes

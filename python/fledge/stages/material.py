@@ -7,12 +7,13 @@ the task files it can find, and says in `notes` what it lacks. Used by the stage
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
-from fledge.config import Recipe
+from fledge.config import TRAINED_STAGES, Recipe
 from fledge.data.conversations import (
     chat_sources,
     default_weights,
@@ -28,7 +29,7 @@ from fledge.errors import UserError
 from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.gsm8k import answer_of, same_number
 from fledge.evals.tasks.registry import find_tasks
-from fledge.evals.tasks.worlds import find_world_tasks, grade
+from fledge.evals.tasks.worlds import EXAMS, find_world_tasks, grade
 from fledge.files import canonical_json
 from fledge.sandbox import arithmetic
 from fledge.tokenizer import Tokenizer
@@ -73,7 +74,13 @@ class Material(Protocol):
 
 
 def open_material(recipe: Recipe) -> Material:
-    """The material that [data] of a recipe names. UserError if it cannot be read."""
+    """The material that [data] of a recipe names.
+
+    Raises UserError if it cannot be read, or if [mid], [sft] or [evaluate] ask of it what it does
+    not have: better now than after hours of training.
+    """
+    for stage in recipe.evaluate.stages:
+        require_known("stage", stage, TRAINED_STAGES, key="evaluate.stages")
     if recipe.data.source is not None:
         return TextMaterial(recipe)
     return WorldMaterial(recipe)
@@ -88,17 +95,30 @@ def _take_bytes(texts: Iterator[str], max_bytes: int) -> Iterator[str]:
             return
 
 
+def require_known(what: str, name: str, known: Iterable[str], *, key: str) -> None:
+    """UserError, with the nearest one, for a name that is not among the known."""
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise UserError(
+            f"there is no {what} called {name!r}, which {key} names",
+            f"there are {', '.join(names)}",
+            f"did you mean {near[0]}?" if near else "name some of those, or leave the key out",
+        )
+
+
+def _require_kinds(recipe: Recipe, kinds: Callable[[str], Iterable[str]]) -> None:
+    """UserError for a mixture of [mid] or [sft] that names a kind that the data does not offer."""
+    for stage in ("mid", "sft"):
+        for kind in getattr(recipe, stage).mixture or ():
+            offered = sorted({*kinds(stage), PROSE})
+            require_known("kind of conversation", kind, offered, key=f"{stage}.mixture")
+
+
 def _mixture(
     sources: dict[str, Documents], weights: dict[str, float], *, section: str
 ) -> tuple[Documents, dict[str, float]]:
-    """The named sources interleaved; UserError for a kind that does not exist."""
-    for kind in weights:
-        if kind not in sources:
-            raise UserError(
-                f"{section}.mixture names the kind {kind!r}",
-                f"this run's data offers {', '.join(sorted(sources))}",
-                "take one of those, or leave the mixture out",
-            )
+    """The named sources interleaved."""
     used = {kind: weight for kind, weight in weights.items() if weight > 0}
     if not used:
         raise UserError(
@@ -145,6 +165,11 @@ class WorldMaterial:
         self.world = load_world(recipe.data.world, recipe.data.seed)
         self.notes: list[str] = self.world.notes()
         self._extra = extra_files(recipe)
+        for name in recipe.evaluate.tasks or ():
+            require_known("exam", name, EXAMS, key="evaluate.tasks")
+        _require_kinds(
+            recipe, lambda s: [*self.world.kinds(s), *extra_conversations(self._extra, s)]
+        )
 
     def manifest(self) -> dict[str, Any]:
         return {"world": self.world.manifest()} | manifest_of(self._extra)
@@ -227,6 +252,9 @@ class TextMaterial:
             for stage in ("mid", "sft")
             for split in ("train", "val")
         }
+        _require_kinds(
+            recipe, lambda s: [*self._chats[s, "train"], *extra_conversations(self._extra, s)]
+        )
         self._problems = gsm8k_problems(self.files)
         self._held_problems = gsm8k_problems(self.files, split="val")
         self._tasks, missing = find_tasks(self.files, recipe.evaluate.tasks)
@@ -291,7 +319,7 @@ class TextMaterial:
 
     def sample_prompts(self) -> list[str]:
         texts = [self.corpus.val[i] for i in range(min(5, len(self.corpus.val)))]
-        return [" ".join(text.split()[:12]) for text in texts]
+        return [" ".join(text.split()[:12])[:120] for text in texts]
 
     def sample_questions(self) -> list[str]:
         asked = ["Who are you?", 'Spell the word "house".']

@@ -7,6 +7,7 @@ fingerprint, records how a stage ended, and renders the report.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from fledge import report
+from fledge import files, report
 from fledge.config import STAGES, Recipe
 from fledge.errors import Interrupted, UserError
 from fledge.plan import hardware, planner
@@ -34,6 +35,8 @@ STAGE_FUNCTIONS: dict[str, Callable[..., None]] = {
     "rl": rl.run,
     "evaluate": evaluate.run,
 }
+
+MOST_THREADS = 1024
 
 
 def run_recipe(
@@ -57,12 +60,13 @@ def run_recipe(
             )
     material = open_material(recipe)  # before the run directory exists: bad data leaves nothing
     plan = planner.resolve(recipe, hardware.detect())
+    device = prepare_machine(plan.values["hardware.device"], plan.values["hardware.threads"])
+    require_room(plan, out)
     run = Run.open(out, name, recipe, plan)
     with run, StopRequest() as stop, Progress(planner.stage_seconds(plan)) as progress:
         if restart is not None:
             run.restart(restart)
         resolved = run.recipe
-        device = prepare_machine(resolved.hardware.device, resolved.hardware.threads)
         for note in material.notes:
             progress.note(note)
         ctx = StageContext(run, resolved, material, progress, stop, device, list(material.notes))
@@ -76,12 +80,12 @@ def run_recipe(
 
 def run_stage(ctx: StageContext, stage: str) -> None:
     """Skips, resumes or starts one stage and records how it ended."""
+    run = ctx.run
     why = _not_needed(ctx.recipe, ctx.material, stage)
-    if why is not None:
+    if why is not None and run.read_stage(stage) is None:
         ctx.progress.skip(stage, why)
         ctx.notes.append(f"{stage}: {why}")
         return
-    run = ctx.run
     parts = run.stage_parts(stage, data=ctx.material.manifest())
     state = run.stage_state(stage, parts)
     if state == "skip":
@@ -106,7 +110,8 @@ def run_stage(ctx: StageContext, stage: str) -> None:
         end("interrupted")
         raise
     except BaseException:
-        end("failed")
+        with contextlib.suppress(UserError):  # on a full disk the first error says more
+            end("failed")
         raise
     end("done")
 
@@ -122,6 +127,20 @@ def _not_needed(recipe: Recipe, material: Material, stage: str) -> str | None:
     return None
 
 
+def require_room(plan: planner.Plan, out: Path) -> None:
+    """UserError if memory, or the disk of a new run, is far too small for the plan."""
+    machine, needed = plan.hardware, plan.estimates["memory_bytes"]
+    if needed > machine.device_memory_bytes:
+        raise UserError(
+            "this model does not fit into the memory of this machine",
+            f"training it takes about {needed / 1e9:,.1f} GB, and {machine.name} has "
+            f"{machine.device_memory_bytes / 1e9:,.1f} GB",
+            "give a smaller --model.depth, --model.max_seq_len or --tokenizer.vocab_size",
+        )
+    if not Run.is_run(out):
+        files.require_free_bytes(out, plan.estimates["disk_bytes"], purpose="this run")
+
+
 def prepare_machine(device: str | None, threads: int | None) -> str:
     """Sets threads and memory behaviour; returns the device that will be used."""
     if device is None:
@@ -132,6 +151,10 @@ def prepare_machine(device: str | None, threads: int | None) -> str:
         raise UserError(
             f"the device {device!r} cannot be used", str(error).splitlines()[0], "use cpu"
         ) from None
+    if threads is not None and threads > MOST_THREADS:
+        raise UserError(
+            f"hardware.threads = {threads}", "no machine has as many", "leave it out: all cores"
+        )
     torch.set_num_threads(threads or hardware.cpu_cores())
     if device == "cpu":
         keep_freed_memory()

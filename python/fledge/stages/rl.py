@@ -6,6 +6,7 @@ from typing import Any
 
 from fledge.engine import Engine, SamplingParams
 from fledge.engine.tools import Tools
+from fledge.errors import UserError
 from fledge.stages.chats import replies
 from fledge.stages.context import StageContext
 from fledge.stages.material import HELD_OUT_PROBLEMS
@@ -21,6 +22,8 @@ from fledge.tokenizer.reply import answer_text, split_parts
 from fledge.train.rl import RlConfig, train_rl
 
 VALIDATION_PROBLEMS = 128
+MOST_TRIES = 50  # problems to look at for one that fits the context
+TRY_STRIDE = 100_003  # a prime: far from the problems that other steps take
 
 
 def run(ctx: StageContext, *, resume: bool) -> None:
@@ -28,14 +31,32 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     section = ctx.recipe.rl
     tokenizer = ctx.tokenizer()
     assert section.steps is not None and section.lr_scale is not None
-    start = start_or_resume(ctx, "rl", resume=resume, previous="sft", lr_scale=section.lr_scale)
     config = _config(ctx)
+    start = start_or_resume(
+        ctx,
+        "rl",
+        resume=resume,
+        previous="sft",
+        lr_scale=section.lr_scale,
+        save_every=config.save_every,
+    )
     engine = Engine(start.model, tokenizer)
 
+    room = ctx.run.model.max_position_embeddings
+
     def problem(index: int) -> tuple[dict[str, Any], list[int]]:
-        item = ctx.material.problem(index)
-        assert item is not None
-        return item, render_prompt(tokenizer, item["messages"])
+        # one that leaves no room for an answer gives way to the next of a fixed sequence
+        for at in range(index, index + MOST_TRIES * TRY_STRIDE, TRY_STRIDE):
+            item = ctx.material.problem(at)
+            assert item is not None
+            prompt = render_prompt(tokenizer, item["messages"])
+            if len(prompt) < room:
+                return item, prompt
+        raise UserError(
+            f"{MOST_TRIES} problems in a row are longer than the model can read",
+            f"it reads at most {room} tokens, problem and answer together",
+            "raise model.max_seq_len and train again, or leave rl out with --rl.steps 0",
+        )
 
     def reward(item: dict[str, Any], ids: list[int]) -> float:
         text = answer_text(split_parts(tokenizer, ids))
@@ -64,25 +85,25 @@ def run(ctx: StageContext, *, resume: bool) -> None:
                 optimizers=start.optimizers,
                 tokenizer=tokenizer,
                 state={},
+                save_every=config.save_every,
             )
 
-        hooks = TrainingHooks(ctx, "rl", evaluate=evaluate, save=save)
-        hooks.metrics.truncate_after(start.step)
-        ctx.progress.stage(
-            "rl", section.steps, "steps", done=start.step, log=ctx.run.log_file("rl")
-        )
-        train_rl(
-            model=start.model,
-            engine=engine,
-            tools=tools,
-            optimizers=start.optimizers,
-            problem=problem,
-            reward=reward,
-            schedule=schedule_of(section, steps=section.steps),
-            config=config,
-            hooks=hooks,
-            start=start.step,
-        )
+        log = ctx.run.log_file("rl")
+        with TrainingHooks(ctx, "rl", evaluate=evaluate, save=save) as hooks:
+            hooks.metrics.truncate_after(start.step)
+            ctx.progress.stage("rl", section.steps, "steps", done=start.step, log=log)
+            train_rl(
+                model=start.model,
+                engine=engine,
+                tools=tools,
+                optimizers=start.optimizers,
+                problem=problem,
+                reward=reward,
+                schedule=schedule_of(section, steps=section.steps),
+                config=config,
+                hooks=hooks,
+                start=start.step,
+            )
     pairs = replies(start.model, tokenizer, ctx.material.sample_questions())
     write_samples(ctx.run.samples_file("rl"), "What rl answers", pairs)
 

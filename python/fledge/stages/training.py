@@ -7,7 +7,6 @@ stage modules only say what they train on. Checkpoint saving serves `stages.rl` 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from fledge.evals import bpb
 from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
-from fledge.run import MetricsLog
+from fledge.run import MetricsLog, Run
 from fledge.stages.context import StageContext
 from fledge.tokenizer import Tokenizer
 from fledge.train import checkpoint
@@ -57,7 +56,13 @@ def peak_rates(section: BaseSection) -> LearningRates:
 
 
 def start_or_resume(
-    ctx: StageContext, stage: str, *, resume: bool, previous: str | None, lr_scale: float
+    ctx: StageContext,
+    stage: str,
+    *,
+    resume: bool,
+    previous: str | None,
+    lr_scale: float,
+    save_every: int,
 ) -> Start:
     """The newest checkpoint of this stage, else the previous stage's last, else fresh weights."""
     own = ctx.run.latest_checkpoint(stage) if resume else None
@@ -74,6 +79,7 @@ def start_or_resume(
         checkpoint.read_optimizers(source, optimizers)  # later stages keep base's momentum
     if own is None:
         return Start(model, optimizers, 0, {})
+    drop_old_checkpoints(ctx.run, stage, save_every=save_every)  # a kill may have left one
     state = checkpoint.read_state(own)
     ctx.progress.note(f"{stage}: going on from step {state['step']}")
     return Start(model, optimizers, state["step"], state)
@@ -97,6 +103,7 @@ def save_checkpoint(
     optimizers: Optimizers,
     tokenizer: Tokenizer,
     state: dict[str, Any],
+    save_every: int,
 ) -> None:
     """Writes a whole checkpoint, then points LATEST at it, then drops the oldest."""
     target = ctx.run.checkpoint_dir(stage, step)
@@ -113,13 +120,30 @@ def save_checkpoint(
         )
         checkpoint.seal(folder)
     ctx.run.set_latest(stage, step)
-    steps = sorted(p for p in ctx.run.checkpoints_dir(stage).iterdir() if p.name[5:].isdigit())
-    for old in steps[:-KEEP_CHECKPOINTS]:
-        shutil.rmtree(old)
+    drop_old_checkpoints(ctx.run, stage, save_every=save_every)
+
+
+def drop_old_checkpoints(run: Run, stage: str, *, save_every: int) -> None:
+    """Keeps the newest checkpoint and the last ones of the regular steps before it.
+
+    One that was saved between two regular steps because the process was asked to stop goes as soon
+    as there is a newer one, so that an interrupted run ends with the files of an uninterrupted one.
+    """
+    latest = run.latest_checkpoint(stage)
+    if latest is None:
+        return
+    found = {p: int(p.name[5:]) for p in latest.parent.iterdir() if p.name[5:].isdigit()}
+    older = [p for p, step in found.items() if step < found[latest] and step % save_every == 0]
+    kept = {latest, *sorted(older)[1 - KEEP_CHECKPOINTS :]}
+    for old in sorted(set(found) - kept):
+        files.remove_whole(old)
 
 
 class TrainingHooks:
-    """The loop's surroundings in a run: metrics, progress, validation, checkpoints."""
+    """The loop's surroundings in a run: metrics, progress, validation, checkpoints.
+
+    A context manager: it closes the metrics when training ends, however it ends.
+    """
 
     def __init__(
         self,
@@ -149,6 +173,12 @@ class TrainingHooks:
     def stop_requested(self) -> bool:
         return self.ctx.stop.requested
 
+    def __enter__(self) -> TrainingHooks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+
 
 def run_training(
     ctx: StageContext,
@@ -177,6 +207,7 @@ def run_training(
         resume=resume,
         previous=previous,
         lr_scale=1.0 if lr_scale is None else lr_scale,
+        save_every=section.save_every,
     )
     schedule = schedule_of(section, steps=max(1, section.tokens // (rows * context)))
     pad, device_rows = tokenizer.pad_id, min(rows, section.device_batch_size or rows)
@@ -186,6 +217,7 @@ def run_training(
     held_out = Loader(validation, row_tokens=context, pad_id=pad, split=split)
     validation_set = bpb.ValidationSet.take(held_out, base.eval_tokens)
     byte_counts = bpb.token_byte_counts(tokenizer)
+    cadence = Cadence(rows, device_rows, section.eval_every, section.save_every)
 
     def evaluate() -> dict[str, float]:
         losses = bpb.measure(
@@ -202,20 +234,22 @@ def run_training(
             optimizers=start.optimizers,
             tokenizer=tokenizer,
             state={"loader": loader.state()},
+            save_every=cadence.save_every,
         )
 
-    hooks = TrainingHooks(ctx, stage, evaluate=evaluate, save=save)
-    hooks.metrics.truncate_after(start.step)
-    ctx.progress.stage(stage, schedule.steps, "steps", done=start.step, log=ctx.run.log_file(stage))
-    train(
-        model=start.model,
-        optimizers=start.optimizers,
-        loader=loader,
-        schedule=schedule,
-        cadence=Cadence(rows, device_rows, section.eval_every, section.save_every),
-        hooks=hooks,
-        start=start.step,
-    )
+    log = ctx.run.log_file(stage)
+    with TrainingHooks(ctx, stage, evaluate=evaluate, save=save) as hooks:
+        hooks.metrics.truncate_after(start.step)
+        ctx.progress.stage(stage, schedule.steps, "steps", done=start.step, log=log)
+        train(
+            model=start.model,
+            optimizers=start.optimizers,
+            loader=loader,
+            schedule=schedule,
+            cadence=cadence,
+            hooks=hooks,
+            start=start.step,
+        )
     share = loader.padded / max(1, loader.total)
     ctx.progress.note(f"{stage}: {share:.1%} of the row positions were padding")
     return start.model
@@ -242,10 +276,11 @@ def write_samples(path: Path, title: str, pairs: list[tuple[str, str]]) -> None:
 def continuations(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str], *, max_tokens: int = 48
 ) -> list[tuple[str, str]]:
-    """Greedy continuations of raw text."""
+    """Greedy continuations of raw text; a prompt longer than half the context is cut short."""
     model.eval()
     engine = Engine(model, tokenizer)
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    room = model.config.max_position_embeddings // 2
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:room] for prompt in prompts]
     with torch.inference_mode():
         done = engine.generate(ids, SamplingParams(max_tokens=max_tokens))
     return [

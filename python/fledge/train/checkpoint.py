@@ -58,12 +58,16 @@ def verify(folder: Path) -> None:
     sums = folder / STATE_FOLDER / "SHA256SUMS"
     if not sums.is_file():
         raise _damaged(folder, f"{sums.relative_to(folder)} is missing")
-    for line in sums.read_text(encoding="utf-8").splitlines():
-        expected, _, name = line.partition("  ")
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for needed in ("model.safetensors", "config.json", f"{STATE_FOLDER}/state.json"):
+        if needed not in expected:
+            raise _damaged(folder, f"{sums.relative_to(folder)} does not name {needed}")
+    for name, digest in expected.items():
         path = folder / name
         if not path.is_file():
             raise _damaged(folder, f"{name} is missing")
-        if _sha256(path) != expected:
+        if _sha256(path) != digest:
             raise _damaged(folder, f"the bytes of {name} changed after it was written")
 
 

@@ -20,16 +20,16 @@ from fledge.errors import UserError
 
 # Change these only together with world.GENERATOR_VERSION.
 STORED = {
-    "train": "676c18a6c3c79ea6",
-    "val": "9e38fe333c8aaadd",
-    "mid": "441a93547300a7be",
-    "sft": "536f700e791dd2fa",
+    "train": "58ec72f4ff862310",
+    "val": "04da523a0e98cd71",
+    "mid": "28f08df856a4a3ab",
+    "sft": "1e8c45e87da0464b",
     "rl": "a265b1c9801629cb",
     "world_facts": "791984283df2045c",
-    "world_mc": "926ac6a520f85d4b",
+    "world_mc": "af01a33924ae81b0",
     "world_math": "c15b7d6db25b108f",
     "world_spell": "2c85e75f7b7f0def",
-    "world_chat": "f51d5fc1a7c76661",
+    "world_chat": "f16d795dc12a7449",
 }
 
 
@@ -114,7 +114,8 @@ def test_exams_do_not_leak_and_cannot_be_guessed(village: World) -> None:
 def test_an_audit_finds_a_planted_leak(village: World, monkeypatch: pytest.MonkeyPatch) -> None:
     item = village.exam("world_facts")[0]
     (fact,) = [f for f in village.facts if f.id == item["fact"]]
-    canonical = village.conversations.canonical(fact)
+    statement = village.prose.tables[fact.table].relations[fact.relation].statements[0]
+    canonical = statement.format(e=fact.entity, v=fact.value, E=fact.entity, V=fact.value)
     planted = {
         "kind": "facts",
         "messages": [*item["messages"], {"role": "assistant", "content": canonical}],

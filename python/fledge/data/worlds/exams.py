@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fledge.data.worlds.choices import Choices
@@ -23,6 +24,7 @@ from fledge.data.worlds.conversations import (
     ask_favourite,
     favourite_turns,
     is_exam_chat,
+    mc_reply,
     mc_text,
     name_turns,
     system,
@@ -65,7 +67,8 @@ class ExamMaker:
 
         Each has id, kind, messages (the last is the user's), answer, choices (None but in mc);
         facts and chat add accept (right strings) and rivals (other answers of that relation, none
-        of which a right answer holds); mc adds letters; math adds expression; fact names the fact.
+        of which a right answer holds); mc adds letters and the replies that would choose them; math
+        adds expression; fact names the fact.
         """
         items = self._tasks[task](Choices(f"{self.key}|exam|{task}"))
         for number, item in enumerate(items):
@@ -94,8 +97,8 @@ class ExamMaker:
         return items
 
     def _rivals(self, fact: Fact) -> list[str]:
-        """Other values of the relation that do not stand inside the right answer's own sentence."""
-        sentence = self.maker.canonical(fact).casefold()
+        """Other values of the relation that do not stand inside the right answer or the entity."""
+        sentence = f"{fact.entity} {self.maker.reply(fact)}".casefold()
         return [v for v in self.maker.values_like(fact) if v.casefold() not in sentence]
 
     def _mc(self, choices: Choices) -> list[Item]:
@@ -113,6 +116,10 @@ class ExamMaker:
                     "answer": letter,
                     "letters": list(LETTERS),
                     "choices": options,
+                    "replies": [
+                        mc_reply(self.maker.reply(replace(fact, value=option)), choice)
+                        for option, choice in zip(options, LETTERS, strict=True)
+                    ],
                     "fact": fact.id,
                 }
             )

@@ -19,15 +19,15 @@ from fledge.data.worlds.tables import Fact, Table, capital, fill
 from fledge.data.worlds.vocabulary import ADJECTIVES, ANIMALS, COLOURS, FEELINGS, Lexicon
 
 KINDS = {  # share of the documents
-    "entry": 0.15,  # one entity or a few, several facts each
-    "list": 0.18,  # one relation, several entities
-    "told": 0.18,  # a story in which facts are told
-    "sums": 0.08,  # word problems and how to calculate them
+    "entry": 0.16,  # one entity or a few, several facts each
+    "list": 0.19,  # one relation, several entities
+    "told": 0.20,  # a story in which facts are told
+    "sums": 0.10,  # word problems and how to calculate them
     "spelling": 0.08,  # words letter by letter
     "story": 0.03,  # a day in the life
-    "labels": 0.07,  # things with letters or owners, then looked up
-    "notes": 0.08,  # shopping lists, numbers, times and prices
-    "copy": 0.15,  # the same again: what makes a small model learn to copy from its context
+    "labels": 0.02,  # things with letters or owners, then looked up
+    "notes": 0.20,  # shopping lists, numbers, times and prices
+    "copy": 0.02,  # the same again, word for word
 }
 CANONICAL = 0.4  # probability that a fact is stated in its canonical wording
 
@@ -148,7 +148,7 @@ class ProseWriter:
     def _spelling(self, choices: Choices) -> str:
         out = []
         for _ in range(choices.integer(2, 9)):
-            word = self.spell_word(choices, real=0.25)
+            word = self.spell_word(choices, real=0.5)
             if choices.chance(0.12):
                 letter = choices.choice(sorted(set(word)))
                 out.append(f'"{word}".count("{letter}") is {word.count(letter)}.')
@@ -157,11 +157,7 @@ class ProseWriter:
         return " ".join(out)
 
     def spell_word(self, choices: Choices, *, real: float) -> str:
-        """A word that may be spelled: with probability `real` a true one, else a made-up one.
-
-        The prose holds few true words: with thousands of them, each would be too rare to be known,
-        and the loss would stay far above the bound.
-        """
+        """A word that may be spelled: with probability `real` a true one, else a made-up one."""
         words = self.lexicon.train_words
         if words and choices.chance(real):
             return choices.choice(words)

@@ -1,7 +1,8 @@
 """What a task is: items with prompts and answers, and a rule that grades a reply.
 
 `evals.scoring` examines a model on anything of this shape: a "choice" task by the log-probabilities
-of letters right after <|assistant_start|>, a "generate" task by a greedy reply with tools. The real
+of letters right after <|assistant_start|>, a "reply" task by those of its items' `replies`, a
+"generate" task by a greedy reply with tools. The real
 tasks (gsm8k, mmlu, arc, humaneval, chat) and the worlds' exams all are such objects. This module
 holds the shape only; it reads no file and scores nothing.
 """
@@ -20,7 +21,7 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     @property
-    def kind(self) -> Literal["generate", "choice"]: ...
+    def kind(self) -> Literal["generate", "choice", "reply"]: ...
 
     @property
     def chance(self) -> float:

@@ -1,5 +1,8 @@
 """The exams of a world: facts, multiple choice, word problems, spelling, conversation.
 
+Multiple choice is scored as CORE does (DCLM): the option whose whole reply is likeliest per token
+wins; the other exams are graded on what the model says.
+
 Items come from `data.worlds`; this module says how a reply is graded and wraps an exam as a task
 for `evals.scoring`. `grade` is also the reward of reinforcement. Matching is strict: an answer that
 names a rival answer as well is wrong.
@@ -75,15 +78,13 @@ def grade(item: dict[str, Any], text: str) -> bool:
 class WorldTask:
     """One exam as a task (see `evals.tasks.base`)."""
 
-    kind = "generate"
-
     def __init__(self, world: World, name: str) -> None:
         assert name in EXAMS, name
         self.name = name
+        self.kind = "reply" if name == "world_mc" else "generate"
         self.world = world
         self.chance = 0.25 if name == "world_mc" else 0.0
         self.max_new_tokens = 96 if name == "world_math" else 64
-        self.letters = ("A", "B", "C", "D") if name == "world_mc" else None
 
     def items(self) -> list[dict[str, Any]]:
         return self.world.exam(self.name)

@@ -1,0 +1,111 @@
+"""Killing a run: at a moment that its files show, or exactly at one renaming of a file.
+
+The second way starts fledge with `os.rename` and `os.replace` watched, so that a kill hits the
+inside of a save; the product itself has no hook for it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers_mini import command, environment
+
+PATIENCE_SECONDS = 600  # the machine may be busy; the work itself takes seconds
+
+WATCHED = """
+import os, re, signal, sys
+from fledge import cli
+
+pattern, when = sys.argv[1], sys.argv[2]
+
+def watched(original):
+    def wrapper(source, target, **rest):
+        hit = re.search(pattern, f"{source} -> {target}")
+        if hit and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(source, target, **rest)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return wrapper
+
+os.rename, os.replace = watched(os.rename), watched(os.replace)
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+def kill_when(seen: Callable[[], bool], *words: object, number: int = signal.SIGKILL) -> int | None:
+    """Start `fledge WORDS`, send the signal as soon as `seen()`; returns the exit code.
+
+    None: the run came to its end before.
+    """
+    process = subprocess.Popen(
+        command(*words),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    try:
+        while not seen():
+            if process.poll() is not None:
+                return None
+            assert time.monotonic() < deadline, f"nothing seen of fledge {words}"
+            time.sleep(0.001)
+        process.send_signal(number)
+        return process.wait(PATIENCE_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kill_at_rename(pattern: str, when: str, *words: object) -> int:
+    """Run `fledge WORDS` until a renaming "SOURCE -> TARGET" matches, and kill it there."""
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, pattern, when, *map(str, words)],
+        env=environment(),
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    return done.returncode
+
+
+def rows(path: Path) -> int:
+    """Lines of a file that may not exist yet."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def saving(run: Path) -> bool:
+    """True while a checkpoint is being written."""
+    return any(run.glob("*/checkpoints/*.tmp"))
+
+
+def moment(run: Path, dice: random.Random) -> tuple[str, Callable[[], bool]]:
+    """A random moment of a whole run: (what it is, whether it has come)."""
+    stage, steps = dice.choice([("base", 20), ("base", 20), ("mid", 8), ("sft", 4), ("rl", 2)])
+    count = dice.randint(1, steps)
+    file = run / stage / "metrics.jsonl"
+    exam = run / "evaluate" / dice.choice(["mid", "sft", "rl"]) / "world_math.json"
+    return dice.choice(
+        [
+            (f"{stage} after step {count}", lambda: rows(file) >= count),
+            (f"{stage} saving", lambda: rows(file) >= 1 and saving(run)),
+            (f"exam {exam.parent.name}", exam.is_file),
+            ("tokenizer", (run / "tokenizer" / "stage.json").is_file),
+        ]
+    )
+
+
+def names_of(pattern: str, folder: Path) -> list[str]:
+    """Files below a folder whose name matches; for asserting that no half of one is left."""
+    return [p.name for p in folder.rglob("*") if re.search(pattern, p.name)]
