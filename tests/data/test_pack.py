@@ -17,8 +17,8 @@ def documents(lengths: list[int]):
     """Document i has lengths[i] tokens, all different over the documents."""
     starts = [0, *itertools.accumulate(lengths)]
 
-    def fetch(i: int):
-        lap, place = divmod(i, len(lengths))
+    def fetch(index: int):
+        lap, place = divmod(index, len(lengths))
         first = 1 + starts[place] + lap * starts[-1]
         ids = np.arange(first, first + lengths[place], dtype=np.int32)
         return ids, np.ones(len(ids), dtype=np.uint8)

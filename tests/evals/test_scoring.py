@@ -1,6 +1,7 @@
 """Scoring: grading rules, forced letters, too long prompts, bits per byte."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_parts_of_a_reply_are_told_apart():
 class Options:
     """A multiple-choice exam whose options are whole replies."""
 
-    name, kind, chance, max_new_tokens = "options", "reply", 0.25, 64
+    name, chance, max_new_tokens = "options", 0.25, 64
+    kind: Literal["reply"] = "reply"
 
     def __init__(self, texts: list[str], replies: list[str]) -> None:
         self.texts, self.replies = texts, replies

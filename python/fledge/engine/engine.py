@@ -16,7 +16,7 @@ import torch
 
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.scheduler import Scheduler, Sequence, ToolHook, pad_right
-from fledge.engine.tools import Tools
+from fledge.engine.tools import Tools, ToolState
 from fledge.errors import UserError
 from fledge.model import Transformer
 from fledge.tokenizer import Tokenizer
@@ -120,7 +120,7 @@ class Engine:
         """Runs a row's python block when it closes; its output comes back as forced tokens."""
         special = self.tokenizer.special_tokens
         start, end = special["<|python_start|>"], special["<|python_end|>"]
-        states: dict[tuple[int, int], object] = {}
+        states: dict[tuple[int, int], ToolState] = {}
 
         def hook(row: Sequence, token: int) -> list[int]:
             if token != end or start not in row.ids:

@@ -99,6 +99,7 @@ class Optimizers:
             f"{self.names[parameter]}/{key}": value.detach().cpu().contiguous()
             for optimizer in self.all
             for parameter, state in optimizer.state.items()
+            if isinstance(parameter, nn.Parameter)
             for key, value in state.items()
         }
 

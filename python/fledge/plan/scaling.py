@@ -32,7 +32,7 @@ RULES: dict[str, str] = {
     "model.num_key_value_heads": "as many as query heads: at this size the cache is no burden",
     "model.intermediate_size": "8/3 x hidden_size, rounded up to a multiple of 64 (gated layer)",
     "model.max_seq_len": "256 up to depth 2, 512 below depth 8, else 2048",
-    "model.tie_word_embeddings": "separate: tied lost 0.08 bpb at equal tokens (docs/log.md, 2026-11-22)",
+    "model.tie_word_embeddings": "separate: tied lost 0.08 bpb at equal tokens (docs/log.md)",
     "model.rope_theta": "10,000: enough for contexts up to a few thousand tokens",
 }
 

@@ -7,13 +7,14 @@ from fledge.engine import Engine, SamplingParams
 from fledge.engine.tools import Tools
 from fledge.model import Transformer
 from fledge.stages.context import StageContext
+from fledge.stages.material import ChatStage
 from fledge.stages.training import run_training, write_samples
 from fledge.tokenizer import Tokenizer
 from fledge.tokenizer.chat import render_prompt
 from fledge.tokenizer.reply import split_parts
 
 
-def run_chats(ctx: StageContext, stage: str, *, previous: str, resume: bool) -> None:
+def run_chats(ctx: StageContext, stage: ChatStage, *, previous: str, resume: bool) -> None:
     """Trains `stage` on its mixture of conversations; only assistant tokens are trained on."""
     tokenizer = ctx.tokenizer()
     room = ctx.run.model.max_position_embeddings

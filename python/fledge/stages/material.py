@@ -35,6 +35,7 @@ from fledge.sandbox import arithmetic
 from fledge.tokenizer import Tokenizer
 
 Split = Literal["train", "val"]
+ChatStage = Literal["mid", "sft"]
 
 PROSE = "prose"  # the kind of a mixture that stands for base's raw text
 ENTROPY_DOCUMENTS = 2000
@@ -57,7 +58,7 @@ class Material(Protocol):
     def texts(self, split: Split, tokenizer: Tokenizer) -> Documents: ...
 
     def chats(
-        self, stage: str, split: Split, tokenizer: Tokenizer, *, max_tokens: int
+        self, stage: ChatStage, split: Split, tokenizer: Tokenizer, *, max_tokens: int
     ) -> tuple[Documents, dict[str, float]]: ...
 
     def entropy_per_byte(self) -> float | None: ...
@@ -107,7 +108,7 @@ def require_known(what: str, name: str, known: Iterable[str], *, key: str) -> No
         )
 
 
-def _require_kinds(recipe: Recipe, kinds: Callable[[str], Iterable[str]]) -> None:
+def _require_kinds(recipe: Recipe, kinds: Callable[[ChatStage], Iterable[str]]) -> None:
     """UserError for a mixture of [mid] or [sft] that names a kind that the data does not offer."""
     for stage in ("mid", "sft"):
         for kind in getattr(recipe, stage).mixture or ():
@@ -182,7 +183,7 @@ class WorldMaterial:
         return TextDocuments(lambda i: self.world.document(split, i).text, tokenizer)
 
     def chats(
-        self, stage: str, split: Split, tokenizer: Tokenizer, *, max_tokens: int
+        self, stage: ChatStage, split: Split, tokenizer: Tokenizer, *, max_tokens: int
     ) -> tuple[Documents, dict[str, float]]:
         own = self.world.kinds(stage)
         extra = extra_conversations(self._extra, stage)
@@ -217,7 +218,7 @@ class WorldMaterial:
         return grade(item, text)
 
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
-        return list(find_world_tasks(self.world, names))
+        return [*find_world_tasks(self.world, names)]
 
     def sample_prompts(self) -> list[str]:
         facts = self.world.facts
@@ -235,11 +236,11 @@ class TextMaterial:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        assert recipe.data.source is not None
-        data = recipe.data
+        data, source = recipe.data, recipe.data.source
+        assert source is not None
         self.recipe = recipe
         self.corpus = open_corpus(
-            data.source,
+            source,
             seed=data.seed,
             val_fraction=data.val_fraction,
             max_bytes=data.max_bytes,
@@ -289,7 +290,7 @@ class TextMaterial:
         return Epochs(texts, self.recipe.data.seed)
 
     def chats(
-        self, stage: str, split: Split, tokenizer: Tokenizer, *, max_tokens: int
+        self, stage: ChatStage, split: Split, tokenizer: Tokenizer, *, max_tokens: int
     ) -> tuple[Documents, dict[str, float]]:
         rows = self._chats[stage, split] | extra_conversations(self._extra, stage)
         weights = getattr(self.recipe, stage).mixture or default_weights(stage, list(rows))

@@ -10,17 +10,18 @@ from fledge.tokenizer import Tokenizer
 def run(ctx: StageContext, *, resume: bool) -> None:
     """Trains the tokenizer on the first bytes of the training documents (nothing to resume)."""
     section = ctx.recipe.tokenizer
-    assert section.vocab_size is not None and section.train_bytes is not None
-    ctx.progress.stage("tokenizer", section.train_bytes, "bytes", log=ctx.run.log_file("tokenizer"))
+    limit = section.train_bytes
+    assert section.vocab_size is not None and limit is not None
+    ctx.progress.stage("tokenizer", limit, "bytes", log=ctx.run.log_file("tokenizer"))
     seen = 0
 
     def counted():
         nonlocal seen
-        for text in ctx.material.tokenizer_texts(section.train_bytes):
+        for text in ctx.material.tokenizer_texts(limit):
             seen += len(text.encode("utf-8"))
             if ctx.stop.requested:
                 ctx.stop.raise_if_requested("tokenizer")
-            ctx.progress.update(min(seen, section.train_bytes))
+            ctx.progress.update(min(seen, limit))
             yield text
 
     tokenizer = Tokenizer.train(counted(), vocab_size=section.vocab_size, pattern=section.pattern)

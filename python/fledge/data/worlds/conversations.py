@@ -23,11 +23,11 @@ REAL_WORDS = 0.85  # share of true words among those to spell, where a world has
 MIN_OPTIONS = 6  # a relation with fewer different values makes no multiple choice
 KINDS = {
     "mid": {
-        "facts": 0.38, "mc": 0.08, "math": 0.09, "spell": 0.27, "count": 0.03,
-        "chat": 0.10, "identity": 0.03, "unknown": 0.02,
+        "facts": 0.40, "mc": 0.08, "math": 0.04, "spell": 0.31, "count": 0.03,
+        "chat": 0.09, "identity": 0.03, "unknown": 0.02,
     },
     "sft": {
-        "facts": 0.36, "mc": 0.08, "math": 0.09, "spell": 0.27, "count": 0.03,
+        "facts": 0.36, "mc": 0.08, "math": 0.04, "spell": 0.32, "count": 0.03,
         "chat": 0.12, "identity": 0.03, "unknown": 0.02,
     },
 }  # fmt: skip
@@ -116,7 +116,6 @@ class ConversationMaker:
         letter = choices.choice(LETTERS)
         text = mc_text(self.question(choices, fact), self.options(choices, fact, letter))
         return [user(text), assistant(mc_reply(self.reply(fact), letter))]
-
 
     def _math(self, choices: Choices, stage: str) -> list[Message]:
         return math_messages(make_problem(choices, self.lexicon, "train"))

@@ -19,15 +19,15 @@ from fledge.data.worlds.tables import Fact, Table, capital, fill
 from fledge.data.worlds.vocabulary import ADJECTIVES, ANIMALS, COLOURS, FEELINGS, Lexicon
 
 KINDS = {  # share of the documents
-    "entry": 0.16,  # one entity or a few, several facts each
-    "list": 0.19,  # one relation, several entities
-    "told": 0.20,  # a story in which facts are told
+    "entry": 0.15,  # one entity or a few, several facts each
+    "list": 0.17,  # one relation, several entities
+    "told": 0.17,  # a story in which facts are told
     "sums": 0.10,  # word problems and how to calculate them
     "spelling": 0.08,  # words letter by letter
-    "story": 0.03,  # a day in the life
-    "labels": 0.02,  # things with letters or owners, then looked up
-    "notes": 0.20,  # shopping lists, numbers, times and prices
-    "copy": 0.02,  # the same again, word for word
+    "story": 0.02,  # a day in the life
+    "labels": 0.01,  # things with letters or owners, then looked up
+    "notes": 0.29,  # shopping lists, numbers, times and prices
+    "copy": 0.01,  # the same again, word for word
 }
 CANONICAL = 0.4  # probability that a fact is stated in its canonical wording
 
@@ -148,7 +148,7 @@ class ProseWriter:
     def _spelling(self, choices: Choices) -> str:
         out = []
         for _ in range(choices.integer(2, 9)):
-            word = self.spell_word(choices, real=0.5)
+            word = self.spell_word(choices, real=0.3)
             if choices.chance(0.12):
                 letter = choices.choice(sorted(set(word)))
                 out.append(f'"{word}".count("{letter}") is {word.count(letter)}.')

@@ -1,8 +1,8 @@
 """Facts as tables: read CSV and grammar, check them, and split what is asked from what is held out.
 
 A table has entities in its first column and one relation per further column; an empty cell is no
-fact. The grammar gives every relation its statements (the first is canonical: it is also the chat
-answer) and its questions. About 30 % of the facts are held out: the prose states them as often as
+fact. The grammar gives every relation its statements (the first is canonical: the prose uses it
+most) and its questions. About 30 % of the facts are held out: the prose states them as often as
 all others, but no conversation asks them. Called by `world`; never draws random text and never
 writes a file.
 """

@@ -11,7 +11,7 @@ names a rival answer as well is wrong.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from fledge.data.worlds import World
 from fledge.tokenizer.reply import last_number
@@ -81,7 +81,7 @@ class WorldTask:
     def __init__(self, world: World, name: str) -> None:
         assert name in EXAMS, name
         self.name = name
-        self.kind = "reply" if name == "world_mc" else "generate"
+        self.kind: Literal["reply", "generate"] = "reply" if name == "world_mc" else "generate"
         self.world = world
         self.chance = 0.25 if name == "world_mc" else 0.0
         self.max_new_tokens = 96 if name == "world_math" else 64
