@@ -73,7 +73,7 @@ def test_markdown_holds_every_section(run: Run) -> None:
     assert "[python: 0 + 2] [output: 2] It is 2." in text
     assert "wrong, expected 3" in text
     assert "The cat sat." in text
-    assert "| base.matrix_lr | 0.02 |" in text
+    assert "| base.matrix_lr | 0.03 |" in text
 
 
 def test_rendering_again_gives_the_same_bytes(run: Run) -> None:

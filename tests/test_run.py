@@ -20,6 +20,7 @@ from fledge import files
 from fledge.config import Recipe, load_recipe, parse_recipe
 from fledge.errors import Interrupted, UserError
 from fledge.fingerprint import changed_keys, fingerprint
+from fledge.plan.defaults import DEFAULTS
 from fledge.plan.hardware import parse
 from fledge.plan.planner import resolve
 from fledge.run import (
@@ -91,7 +92,7 @@ def test_a_changed_key_is_refused_by_name(tmp_path: Path) -> None:
         do_stage(run, "tokenizer")  # untouched by the change
         with pytest.raises(UserError) as caught:
             do_stage(run, "base")
-    assert "base.matrix_lr: 0.02 -> 0.5" in caught.value.why
+    assert "base.matrix_lr: 0.03 -> 0.5" in caught.value.why
     assert "tokens" not in caught.value.why
     assert "--restart base" in caught.value.fix and "--out" in caught.value.fix
     # the refused recipe left no trace
@@ -149,7 +150,7 @@ def test_an_older_plan_stays_in_force(tmp_path: Path) -> None:
         assert run.values["base.matrix_lr"] == 0.123
         do_stage(run, "tokenizer")
         assert run.restart("base") == []
-        assert run.values["base.matrix_lr"] == 0.02
+        assert run.values["base.matrix_lr"] == DEFAULTS.small_matrix_lr
 
 
 def test_a_change_moves_only_what_depends_on_it(tmp_path: Path) -> None:

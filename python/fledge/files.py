@@ -148,9 +148,13 @@ def require_free_bytes(folder: Path, needed: int, *, purpose: str = "a checkpoin
     if free < needed:
         raise UserError(
             f"not enough disk space for {purpose}",
-            f"{folder} has {free / 1e9:.2f} GB free and about {needed / 1e9:.2f} GB are needed",
+            f"{folder} has {_size(free)} free and about {_size(needed)} are needed",
             "free some space or choose another place with --out DIR",
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager

@@ -126,7 +126,8 @@ def test_the_likeliest_reply_per_token_is_chosen_and_long_prompts_count_as_wrong
     means = []
     for reply in replies:
         ids = prompt + TOKENIZER.encode(reply) + [TOKENIZER.eos_id]
-        logprobs = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
+        with torch.no_grad():
+            logprobs = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
         picked = [float(logprobs[t - 1, ids[t]]) for t in range(len(prompt), len(ids))]
         means.append(sum(picked) / len(picked))
     assert first["mean_logprobs"] == pytest.approx(means, abs=1e-4)
@@ -153,7 +154,7 @@ def test_bits_per_byte_equal_a_plain_float64_sum():
     nats, size = 0.0, 0
     for row in validation.ids:
         with torch.no_grad():
-            logprobs = model(torch.tensor([row[:-1]]))[0].double().log_softmax(-1)
+            logprobs = model(torch.from_numpy(row[None, :-1]))[0].double().log_softmax(-1)
         for place, token in enumerate(row[1:]):
             length = len(TOKENIZER.token_bytes(int(token)))
             if length:

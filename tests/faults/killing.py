@@ -6,7 +6,6 @@ inside of a save; the product itself has no hook for it.
 
 from __future__ import annotations
 
-import random
 import re
 import signal
 import subprocess
@@ -83,27 +82,6 @@ def rows(path: Path) -> int:
         return path.read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
-
-
-def saving(run: Path) -> bool:
-    """True while a checkpoint is being written."""
-    return any(run.glob("*/checkpoints/*.tmp"))
-
-
-def moment(run: Path, dice: random.Random) -> tuple[str, Callable[[], bool]]:
-    """A random moment of a whole run: (what it is, whether it has come)."""
-    stage, steps = dice.choice([("base", 20), ("base", 20), ("mid", 8), ("sft", 4), ("rl", 2)])
-    count = dice.randint(1, steps)
-    file = run / stage / "metrics.jsonl"
-    exam = run / "evaluate" / dice.choice(["mid", "sft", "rl"]) / "world_math.json"
-    return dice.choice(
-        [
-            (f"{stage} after step {count}", lambda: rows(file) >= count),
-            (f"{stage} saving", lambda: rows(file) >= 1 and saving(run)),
-            (f"exam {exam.parent.name}", exam.is_file),
-            ("tokenizer", (run / "tokenizer" / "stage.json").is_file),
-        ]
-    )
 
 
 def names_of(pattern: str, folder: Path) -> list[str]:

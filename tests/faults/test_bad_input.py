@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fledge import cli
+from fledge import cli, config, files
 from tests.helpers_mini import (
     RECIPE,
     artefacts,
@@ -317,7 +317,11 @@ def somebody() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("half")  # by then every module is imported, which somebody may not read
-def test_a_folder_that_may_not_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_may_not_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = config.builtin_recipes()  # read before: the checkout may be closed to somebody
+    monkeypatch.setattr(config, "builtin_recipes", lambda: known)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         place.chmod(0o755)
@@ -352,11 +356,20 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_done(
         assert snapshot(disk) == {}
 
 
-@pytest.mark.parametrize("kept", [0, 20_000, 200_000, 700_000, 1_500_000, 2_500_000])
+@pytest.mark.parametrize("kept", [0, 4096, 30_000, 150_000, 700_000, 1_300_000, 2_500_000])
+@pytest.mark.parametrize("warned", [True, False], ids=["", "unforeseen"])
 def test_a_disk_that_fills_up_on_the_way(
-    kept: int, half: Path, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+    kept: int,
+    warned: bool,
+    half: Path,
+    tmp_path: Path,
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever is left of the disk, the run stops in words, and goes on when there is space."""
+    if not warned:  # as if another program took the space in the middle of a save
+        monkeypatch.setattr(files, "require_free_bytes", lambda *_, **__: None)
     with small_disk(tmp_path / "disk", "64m") as disk:
         out = Path(shutil.copytree(half, disk / "run"))
         for stage in ("mid", "base"):
@@ -443,6 +456,21 @@ def test_damage_is_named_and_nothing_is_changed(
     allowed = {".lock", "mid/stage.json", "mid/log.txt", "mid/mixture.json"}
     assert set(changed) <= allowed, changed
     assert not list(copy.rglob("*.tmp"))
+
+
+def test_the_fix_that_the_error_names_works(
+    half: Path, copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(copy / LAST / "model.safetensors")
+    err = refused(capsys, "run", recipe, "--out", copy, "--until", "mid", says="point LATEST at")
+    assert str(copy / LAST.rstrip("/")) in err
+    shutil.rmtree(copy / LAST)
+    (copy / "mid" / "LATEST").write_text("step_000006\n")
+    assert cli.main(["run", str(recipe), "--out", str(copy), "--until", "mid"]) == 0
+    changed = differences(artefacts(half), artefacts(copy))
+    # the fixture's own edit; and a checkpoint that was dropped does not come back
+    allowed = {"mid/stage.json", "report.md", "report.html", "report.json"}
+    assert set(changed) <= allowed, changed
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])

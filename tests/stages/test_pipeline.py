@@ -222,6 +222,34 @@ def test_restart_takes_a_changed_key(
     assert code == 0 and err.count("already done") == len(STAGES) - 1
 
 
+def test_a_refused_restart_throws_nothing_away(
+    copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(copy)
+    words = ("--restart", "sft", "--base.matrix_lr", 0.5)
+    code, _, err = call(capsys, "run", recipe, "--out", copy, *words)
+    assert code == 1
+    assert_three_parts(err)
+    assert "base.matrix_lr" in err
+    after = snapshot(copy)
+    after[".lock"] = before[".lock"]
+    assert differences(before, after) == []
+
+
+def test_training_state_may_be_deleted(
+    whole: Path, copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in copy.glob("*/checkpoints/*/train_state"):
+        shutil.rmtree(folder)
+    shutil.rmtree(copy / "evaluate")  # exams need none
+    code, _, err = call(capsys, "run", recipe, "--out", copy)
+    assert code == 0, err
+    gone = {name for name in artefacts(whole) if "/train_state" in name}
+    assert set(differences(artefacts(whole), artefacts(copy))) == gone
+    code, _, err = call(capsys, "run", recipe, "--out", copy, "--restart", "rl")
+    assert code == 0 and "momentum starts at zero" in err
+
+
 def test_without_steps_rl_is_left_out(
     copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

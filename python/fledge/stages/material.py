@@ -260,6 +260,7 @@ class TextMaterial:
         self._held_problems = gsm8k_problems(self.files, split="val")
         self._tasks, missing = find_tasks(self.files, recipe.evaluate.tasks)
         self.notes = [*self.corpus.notes, *self.files.missing(), *missing]
+        self._manifest: dict[str, Any] | None = None
 
     def _sources(self, stage: str, split: Split) -> Extra:
         return dict(
@@ -273,11 +274,13 @@ class TextMaterial:
         )
 
     def manifest(self) -> dict[str, Any]:
-        return {
-            "text": [list(row) for row in self.corpus.manifest()],
-            "tasks": [list(row) for row in self.files.manifest()],
-            "world": self.world.manifest(),
-        } | manifest_of(self._extra)
+        if self._manifest is None:  # hashing the files takes a while; every stage asks
+            self._manifest = {
+                "text": [list(row) for row in self.corpus.manifest()],
+                "tasks": [list(row) for row in self.files.manifest()],
+                "world": self.world.manifest(),
+            } | manifest_of(self._extra)
+        return self._manifest
 
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
         return _take_bytes(iter(self.corpus.train), max_bytes)

@@ -65,6 +65,8 @@ def run_recipe(
     run = Run.open(out, name, recipe, plan)
     with run, StopRequest() as stop, Progress(planner.stage_seconds(plan)) as progress:
         if restart is not None:
+            for stage in STAGES[: STAGES.index(restart)]:  # refuse before anything is thrown away
+                run.stage_state(stage, run.stage_parts(stage, data=material.manifest()))
             run.restart(restart)
         resolved = run.recipe
         for note in material.notes:

@@ -76,7 +76,9 @@ def start_or_resume(
     model.to(ctx.device)
     optimizers = Optimizers(model, peak_rates(ctx.recipe.base).scaled(lr_scale))
     if source is not None:
-        checkpoint.read_optimizers(source, optimizers)  # later stages keep base's momentum
+        has_state = checkpoint.read_optimizers(source, optimizers)  # mid keeps base's momentum
+        if not has_state and own is None:
+            ctx.progress.note(f"{stage}: {source} has no train_state; momentum starts at zero")
     if own is None:
         return Start(model, optimizers, 0, {})
     drop_old_checkpoints(ctx.run, stage, save_every=save_every)  # a kill may have left one

@@ -54,7 +54,12 @@ def seal(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """UserError that names the file if a checkpoint is incomplete or damaged."""
+    """UserError that names the file if a checkpoint is incomplete or damaged.
+
+    Without its train_state, which one may delete, there is nothing to check against.
+    """
+    if not (folder / STATE_FOLDER).is_dir():
+        return
     sums = folder / STATE_FOLDER / "SHA256SUMS"
     if not sums.is_file():
         raise _damaged(folder, f"{sums.relative_to(folder)} is missing")
@@ -74,7 +79,10 @@ def verify(folder: Path) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON state of a verified checkpoint: step, loader cursor, and what the stage added."""
     verify(folder)
-    return json.loads((folder / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
+    path = folder / STATE_FOLDER / "state.json"
+    if not path.is_file():
+        raise _damaged(folder, "its train_state is gone; going on inside a stage needs it")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_optimizers(folder: Path, optimizers: Optimizers) -> bool:
