@@ -85,9 +85,9 @@ def environment() -> dict[str, Any]:
 
 def _git_revision() -> dict[str, Any] | None:
     here = Path(__file__).parent
-    if not any((p / ".git").exists() for p in (here.parent, here.parent.parent)):
-        return None
     try:
+        if not any((p / ".git").exists() for p in (here.parent, here.parent.parent)):
+            return None
         revision, status = (
             subprocess.run(
                 ["git", "-C", str(here), *command],
