@@ -28,7 +28,6 @@ from fledge.errors import UserError
 from fledge.tokenizer import Tokenizer, reference
 
 MB = 1_000_000
-DOCUMENT_MB = 10  # the one long document, and all the short ones together
 SHORT_BYTES = 2048
 WARM_PASSES = 3
 JOB_TIMEOUT_SECONDS = 1800
@@ -46,9 +45,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: training megabytes, vocabulary, rounds, threads."""
+    """What is measured: megabytes to train on and to encode, vocabulary, rounds, threads."""
 
     train_mb: float = 100
+    document_mb: float = 10  # of the one long document, and of all the short ones together
     vocab_size: int = 32768
     runs: int = 5
     threads: int = 2
@@ -80,17 +80,17 @@ def run(texts: Iterable[str], settings: Settings, say: Say) -> list[dict[str, An
 
 def write_texts(texts: Iterable[str], folder: Path, settings: Settings) -> tuple[int, int]:
     """The training documents and the held-out ones as files; their bytes."""
-    wanted = int(settings.train_mb * MB)
+    wanted, held_out_wanted = int(settings.train_mb * MB), int(settings.document_mb * MB)
     documents, size = [], 0
     for text in texts:
         documents.append(text)
         size += len(text.encode())
-        if size >= wanted + DOCUMENT_MB * MB:
+        if size >= wanted + held_out_wanted:
             break
     if not size:
         raise UserError("there is no text to measure with", "the source is empty", "give another")
     again = itertools.cycle(documents)
-    held_out, held_out_bytes = take(again, DOCUMENT_MB * MB)
+    held_out, held_out_bytes = take(again, held_out_wanted)
     train, train_bytes = take(again, wanted)
     write_documents(folder / "train.json", train)
     write_documents(folder / "held_out.json", held_out)
