@@ -38,18 +38,21 @@
 
 #![deny(missing_docs)]
 
+mod blocks;
 mod encode;
 mod error;
+mod masks;
 #[cfg(feature = "python")]
 mod py;
 pub mod reference;
+mod scan;
 mod split;
 mod train;
 mod unicode;
 
 pub use crate::encode::Bpe;
 pub use crate::error::{Error, ErrorKind};
-pub use crate::split::{split, Pattern, Pieces};
+pub use crate::split::{split, CustomPattern, Pattern, Pieces};
 pub use crate::train::{learn, train, Counter};
 
 /// Token ids 0..=255 are the bytes; the first merge makes this id.
