@@ -4,7 +4,7 @@
 //! `regex` crate: a scanner built on them agrees with that engine on `\p{L}`,
 //! `\p{Lu}`, `\p{M}`, `\p{N}` and so on by construction, new Unicode versions
 //! included. They are unpacked once, at first use, into a two-stage table of
-//! about 40 kB. `split` and nothing else reads it.
+//! about 100 kB. `split` and nothing else reads it.
 
 use std::sync::OnceLock;
 
@@ -90,15 +90,25 @@ impl Table {
         }
         classes['\r' as usize] = Class::Newline;
         classes['\n' as usize] = Class::Newline;
+        // Most blocks are all of one class; few of the others are alike.
         let mut blocks: Vec<[Class; BLOCK]> = Vec::new();
+        let mut uniform = [None; 8];
         let mut index = Vec::with_capacity(NUM_BLOCKS);
-        for chunk in classes.chunks_exact(BLOCK) {
-            let known = blocks.iter().rposition(|b| b == chunk);
+        for chunk in classes.as_chunks::<BLOCK>().0 {
+            let same = chunk.iter().all(|&class| class == chunk[0]);
+            let known = if same {
+                uniform[chunk[0] as usize]
+            } else {
+                None
+            };
             let at = known.unwrap_or_else(|| {
-                blocks.push(chunk.try_into().expect("a chunk is one block"));
-                blocks.len() - 1
+                blocks.push(*chunk);
+                blocks.len() as u16 - 1
             });
-            index.push(at as u16);
+            if same {
+                uniform[chunk[0] as usize] = Some(at);
+            }
+            index.push(at);
         }
         let mut ascii = [Class::Other; 128];
         ascii.copy_from_slice(&classes[..128]);
