@@ -247,7 +247,7 @@ impl<'a> Blocks<'a> {
         starts |= space & first & after_attached;
         if space != 0 {
             let top = 1 << (len - 1);
-            let white_follows = c.white >> 1 | self.white_at(base + len) * top;
+            let white_follows = (c.white >> 1) | (self.white_at(base + len) * top);
             starts |= self.first_bytes(space & !white_follows, c.inner);
             // ... and what follows the last newline of a run.
             let mut tails = space & first & after_newline & !after_attached;

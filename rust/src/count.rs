@@ -261,14 +261,17 @@ impl Counter {
             }
             return Ok(all);
         }
-        let shards = self.added_up();
+        let shards = match self.tables.len() {
+            1 => &self.tables,
+            _ => &self.added_up(),
+        };
         let mut sizes = Sizes::default();
-        for table in &shards {
+        for table in shards {
             table.for_each(0, 1, |piece, count| sizes.add(piece, count));
         }
         let threshold = sizes.threshold(limit)?;
         let mut all = PieceCounts::default();
-        for table in &shards {
+        for table in shards {
             table.for_each(0, 1, |piece, count| {
                 if count >= threshold {
                     all.push(piece, count);
@@ -282,7 +285,8 @@ impl Counter {
     fn added_up(&self) -> Vec<PieceTable> {
         let shards = self.tables.len() as u64;
         let add_up = |shard| {
-            let mut sum = PieceTable::default();
+            let most = self.tables.iter().map(PieceTable::len).sum::<usize>() / shards as usize;
+            let mut sum = PieceTable::for_pieces(most + most / 16);
             for table in &self.tables {
                 table.for_each(shard, shards, |piece, count| sum.add(piece, count));
             }

@@ -242,10 +242,13 @@ impl Iterator for Entries {
 /// Entries in the order of their pieces.
 pub(crate) type Source<'a> = Box<dyn Iterator<Item = Result<Entry, Error>> + 'a>;
 
+/// The next piece of a source, the number of the source, the count.
+type Head = (Box<[u8]>, usize, u64);
+
 /// Entries of several sorted sources as one, counts of equal pieces added up.
 pub(crate) struct Merged<'a> {
     sources: Vec<Source<'a>>,
-    heads: BinaryHeap<Reverse<(Box<[u8]>, usize, u64)>>,
+    heads: BinaryHeap<Reverse<Head>>,
 }
 
 impl<'a> Merged<'a> {

@@ -70,16 +70,29 @@ pub(crate) struct PieceTable {
 
 impl Default for PieceTable {
     fn default() -> Self {
-        PieceTable {
-            slots: vec![Slot::default(); FIRST_SLOTS],
-            shift: 64 - FIRST_SLOTS.ilog2(),
-            len: 0,
-            arena: Vec::new(),
-        }
+        PieceTable::for_pieces(FIRST_SLOTS / 2 - 1)
     }
 }
 
 impl PieceTable {
+    /// An empty table that does not grow before it has more than `len` pieces.
+    ///
+    /// Whoever fills a table from another one must say how many come: they come in the order of
+    /// their hash values, and in a table that is too small for them they would pile up.
+    pub(crate) fn for_pieces(len: usize) -> PieceTable {
+        let num_slots = (2 * len + 2).next_power_of_two().max(FIRST_SLOTS);
+        PieceTable {
+            slots: vec![Slot::default(); num_slots],
+            shift: 64 - num_slots.ilog2(),
+            len: 0,
+            arena: Vec::new(),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// The memory it would take with its next piece, in bytes: growing doubles the slots while the
     /// old ones are still there.
     pub(crate) fn memory(&self) -> usize {
