@@ -1,6 +1,9 @@
 """The Rust module (rust/src/py.rs); fledge.tokenizer.reference is its pure-Python twin."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
+
+Progress = Callable[[str, int, int | None], object]  # phase "count" or "merge", done, total
 
 class Bpe:
     """A trained byte-level BPE: split pattern and merges. Safe to use from several threads."""
@@ -17,7 +20,58 @@ class Bpe:
     def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
     def token_bytes(self, id: int) -> bytes: ...
 
+class Counter:
+    """Counts pieces of texts that come in any number of calls, and learns merges from them.
+
+    Memory stays below about `max_memory_bytes` (2 GiB): what does not fit goes to sorted temporary
+    files in `spill_folder`. The counts do not depend on threads or on the order of the texts. A
+    call that fails or is interrupted half-way leaves the counter unusable (RuntimeError); go on
+    from the last `save`.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        threads: int | None = None,
+        *,
+        max_memory_bytes: int | None = None,
+        spill_folder: str | PathLike[str] | None = None,
+    ) -> None: ...
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def num_texts(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def add(
+        self,
+        texts: Iterable[str],
+        *,
+        progress: Progress | None = None,
+        total_bytes: int | None = None,
+    ) -> None: ...
+    def add_file(
+        self, path: str | PathLike[str], *, progress: Progress | None = None
+    ) -> None:
+        """Counts a file of UTF-8 as one text. Raises OSError."""
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the counts, whole or not at all. The same counts give the same file."""
+    def add_saved(self, path: str | PathLike[str]) -> None:
+        """Adds saved counts; ValueError, and nothing added, if the file is damaged."""
+    def learn(
+        self, num_merges: int, *, progress: Progress | None = None
+    ) -> list[tuple[int, int]]: ...
+
 def train(
-    texts: Iterable[str], num_merges: int, pattern: str, threads: int | None = None
+    texts: Iterable[str],
+    num_merges: int,
+    pattern: str,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    *,
+    total_bytes: int | None = None,
+    max_memory_bytes: int | None = None,
 ) -> list[tuple[int, int]]: ...
 def split(text: str, pattern: str) -> list[str]: ...
+def pattern_regex(pattern: str) -> str:
+    """The regex that a pattern's name stands for."""

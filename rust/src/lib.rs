@@ -1,7 +1,7 @@
 //! `fledge-bpe`: byte-level byte-pair encoding, training and encoding.
 //!
 //! Text is first *split* into pieces (words, digits, punctuation runs, spaces)
-//! by one of three published patterns, and every piece is a sequence of bytes.
+//! by a published pattern, and every piece is a sequence of bytes.
 //! *Training* repeatedly joins the most frequent adjacent pair of tokens into
 //! a new token; *encoding* replays those merges, lowest rank first, inside
 //! each piece. Ids 0..=255 are the bytes themselves; merge number `i` makes id
@@ -13,7 +13,7 @@
 //! ```
 //! use fledge_bpe::{train, Bpe, Pattern};
 //!
-//! let merges = train(["low lower lowest"], 3, Pattern::Qwen2, 1);
+//! let merges = train(["low lower lowest"], 3, Pattern::Qwen2, 1)?;
 //! assert_eq!(merges[0], (b'l' as u32, b'o' as u32)); // "lo"
 //! assert_eq!(merges[1], (256, b'w' as u32)); // "low"
 //! let bpe = Bpe::new(merges, Pattern::Qwen2)?;
@@ -38,19 +38,29 @@
 
 #![deny(missing_docs)]
 
+mod blocks;
+mod count;
+mod count_file;
 mod encode;
 mod error;
+mod masks;
 #[cfg(feature = "python")]
 mod py;
+#[cfg(feature = "python")]
+mod py_train;
 pub mod reference;
+mod scan;
 mod split;
+mod table;
 mod train;
 mod unicode;
 
+pub use crate::count::{Counter, DEFAULT_MEMORY};
 pub use crate::encode::Bpe;
 pub use crate::error::{Error, ErrorKind};
-pub use crate::split::{split, Pattern, Pieces};
-pub use crate::train::{learn, train, Counter};
+pub use crate::split::{split, CustomPattern, Pattern, Pieces};
+pub use crate::table::PieceCounts;
+pub use crate::train::{learn, learn_until, train};
 
 /// Token ids 0..=255 are the bytes; the first merge makes this id.
 pub const FIRST_MERGE_ID: u32 = 256;

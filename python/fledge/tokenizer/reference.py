@@ -17,15 +17,16 @@ import heapq
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby, pairwise
 
 Pair = tuple[int, int]
 
 NUM_BYTES = 256
 
-# Published split patterns: Qwen2 (single digits), Llama 3 (up to three), and GPT-4's with runs of
-# two digits as nanochat has it.
+# Published split patterns: Qwen2 (single digits), Llama 3 (up to three), GPT-4's with runs of two
+# digits as nanochat has it, and GPT-4o's (o200k_base), which also cuts where lower case meets upper.
+_WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PATTERNS = {
     "qwen2": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -39,7 +40,33 @@ PATTERNS = {
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
         r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
     ),
-}
+    "o200k": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _WORD_END
+        + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _WORD_END
+        + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}  # fmt: skip
+
+
+def _with_marks(regex: str) -> str:
+    """`regex` with combining marks counted as letters: the words of Hindi, Tamil, Thai stay whole.
+
+    >>> _with_marks(r"\\p{L}+|[^\\p{L}]")
+    '[\\p{L}\\p{M}]+|[^\\p{L}\\p{M}]'
+    """
+
+    def add(match: re.Match[str]) -> str:
+        if match.group().startswith("["):
+            return match.group().replace(r"\p{L}", r"\p{L}\p{M}")
+        return r"[\p{L}\p{M}]"
+
+    return re.sub(r"\[[^\]]*\]|\\p\{L\}", add, regex)
+
+
+PATTERNS |= {f"{name}+marks": _with_marks(regex) for name, regex in PATTERNS.items()}
+
+# "regex:" and any regex is a pattern too: matches are pieces, and so is the text between them.
+CUSTOM = "regex:"
 
 # The characters of the Unicode property White_Space. (str.isspace() has four more.)
 WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -47,37 +74,57 @@ WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 def split(text: str, pattern: str) -> list[str]:
     """The pieces of `text`; joined they are `text` again."""
-    return _compiled(pattern).findall(text)
+    if not pattern.startswith(CUSTOM):
+        return _compiled(pattern).findall(text)
+    cuts = {place for match in _compiled(pattern).finditer(text) for place in match.span()}
+    return [text[start:end] for start, end in pairwise(sorted(cuts | {0, len(text)}))]
 
 
 @functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """The published pattern for the standard library's `re`, which lacks \\p{...}."""
-    if pattern not in PATTERNS:
-        raise ValueError(f"there is no pattern {pattern!r}; the patterns are {', '.join(PATTERNS)}")
-    classes = {r"\p{L}": _ranges("L"), r"\p{N}": _ranges("N"), r"\s": WHITE_SPACE}
+    """The regex of a pattern for the standard library's `re`, which lacks \\p{...}."""
+    if pattern.startswith(CUSTOM):
+        regex = pattern.removeprefix(CUSTOM)
+    elif pattern in PATTERNS:
+        regex = PATTERNS[pattern]
+    else:
+        known = ", ".join(PATTERNS)
+        raise ValueError(
+            f"there is no pattern {pattern!r}; the patterns are {known}, or {CUSTOM} and a regex"
+        )
 
     def expand(match: re.Match[str]) -> str:
-        source = match.group()
-        form = "{}" if source.startswith("[") else "[{}]"  # already inside a class, or not
-        for name, characters in classes.items():
-            source = source.replace(name, form.format(characters))
-        return source
+        in_class = match.group().startswith("[")
+        source = re.sub(r"\\p\{(\w+)\}|\\s", characters, match.group())
+        return source if in_class else f"[{source}]"
 
-    source = PATTERNS[pattern].replace(r"\S", f"[^{WHITE_SPACE}]")
-    return re.compile(re.sub(r"\[[^\]]*\]|\\p\{.\}|\\s", expand, source))
+    def characters(match: re.Match[str]) -> str:
+        return _ranges(match[1]) if match[1] else WHITE_SPACE
+
+    regex = regex.replace(r"\S", f"[^{WHITE_SPACE}]")
+    try:
+        return re.compile(re.sub(r"\[[^\]]*\]|\\p\{\w+\}|\\s", expand, regex))
+    except re.error as error:
+        raise ValueError(f"the split regex {regex!r} does not work: {error}") from None
 
 
 def _ranges(category: str) -> str:
-    """All characters of a general category (its first letter) in the notation of `re`."""
-    ranges: list[list[int]] = []
-    for code in range(0x110000):
-        if unicodedata.category(chr(code))[0] == category:
-            if ranges and ranges[-1][1] == code - 1:
-                ranges[-1][1] = code
-            else:
-                ranges.append([code, code])
-    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
+    """All characters of a general category ("L", "Lu") in the notation of `re`."""
+    return "".join(
+        f"\\U{first:08x}-\\U{last:08x}"
+        for first, last, found in _categories()
+        if found.startswith(category)
+    )
+
+
+@functools.cache
+def _categories() -> list[tuple[int, int, str]]:
+    """Every run of characters of one general category: first, last, category."""
+    runs: list[tuple[int, int, str]] = []
+    for category, run in groupby(range(0x110000), lambda code: unicodedata.category(chr(code))):
+        codes = list(run)
+        runs.append((codes[0], codes[-1], category))
+    return runs
 
 
 def merge_pair(tokens: Sequence[int], pair: Pair, new: int) -> list[int]:
@@ -98,16 +145,31 @@ def merge_pair(tokens: Sequence[int], pair: Pair, new: int) -> list[int]:
 
 
 def train(
-    texts: Iterable[str], num_merges: int, pattern: str, threads: int | None = None
+    texts: Iterable[str],
+    num_merges: int,
+    pattern: str,
+    threads: int | None = None,
+    progress: Callable[[str, int, int | None], object] | None = None,
+    *,
+    total_bytes: int | None = None,
+    max_memory_bytes: int | None = None,
 ) -> list[Pair]:
     """The first `num_merges` merges; fewer if the texts hold no further pair.
 
-    The pair with the highest count is joined first; among equals the smaller pair of ids. `threads`
-    is accepted for the sake of the Rust module and changes nothing.
+    The pair with the highest count is joined first; among equals the smaller pair of ids.
+    `progress` is called with ("count", bytes so far, `total_bytes`) and ("merge", merges so far,
+    `num_merges`) now and then. `threads` and `max_memory_bytes` are accepted for the sake of the
+    Rust module and change nothing.
     """
+    report = progress or (lambda phase, done, total: None)
     pieces: Counter[str] = Counter()
-    for text in texts:
+    num_bytes = 0
+    for index, text in enumerate(texts):
         pieces.update(split(text, pattern))
+        num_bytes += len(text.encode())
+        if index % 1000 == 999:
+            report("count", num_bytes, total_bytes)
+    report("count", num_bytes, total_bytes)
     words = [(list(piece.encode()), count) for piece, count in pieces.items()]
     counts: Counter[Pair] = Counter()
     places: dict[Pair, set[int]] = defaultdict(set)  # the words in which a pair occurs, or once did
@@ -144,6 +206,9 @@ def train(
             if new in changed:
                 heapq.heappush(heap, (-counts[changed], changed))
         del counts[pair]
+        if len(merges) % 100 == 0:
+            report("merge", len(merges), num_merges)
+    report("merge", len(merges), num_merges)
     return merges
 
 
