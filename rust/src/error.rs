@@ -10,6 +10,10 @@ pub enum ErrorKind {
     UnknownPattern,
     /// A list of merges that no training could have made.
     InvalidMerges,
+    /// Ranks that are no tiktoken vocabulary: a duplicate, a gap, no single byte.
+    InvalidRanks,
+    /// More tokens, or more bytes in them, than fit.
+    TooLarge,
     /// A token id outside the vocabulary.
     UnknownToken,
 }

@@ -38,15 +38,21 @@
 
 #![deny(missing_docs)]
 
+mod decode;
 mod encode;
 mod error;
+mod merge;
 #[cfg(feature = "python")]
 mod py;
+#[cfg(feature = "python")]
+mod py_bpe;
 pub mod reference;
 mod split;
 mod train;
 mod unicode;
+mod words;
 
+pub use crate::decode::Decoder;
 pub use crate::encode::Bpe;
 pub use crate::error::{Error, ErrorKind};
 pub use crate::split::{split, Pattern, Pieces};

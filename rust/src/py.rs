@@ -9,10 +9,9 @@ use std::thread;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::PyBytes;
 
 use crate::error::Error;
-use crate::{learn, split, Bpe, Counter, Pattern};
+use crate::{learn, split, Counter, Pattern};
 
 /// Texts of about this many bytes are counted at once; memory holds one batch.
 const BATCH_BYTES: usize = 16 << 20;
@@ -23,58 +22,8 @@ impl From<Error> for PyErr {
     }
 }
 
-fn threads_or_all(threads: Option<usize>) -> usize {
+pub(crate) fn threads_or_all(threads: Option<usize>) -> usize {
     threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, NonZero::get))
-}
-
-/// A trained byte-level BPE: split pattern and merges.
-#[pyclass(name = "Bpe", module = "fledge._bpe", frozen)]
-struct PyBpe(Bpe);
-
-#[pymethods]
-impl PyBpe {
-    #[new]
-    fn new(merges: Vec<(u32, u32)>, pattern: &str) -> PyResult<PyBpe> {
-        Ok(PyBpe(Bpe::new(merges, pattern.parse()?)?))
-    }
-
-    #[getter]
-    fn merges(&self) -> Vec<(u32, u32)> {
-        self.0.merges().to_vec()
-    }
-
-    #[getter]
-    fn pattern(&self) -> &'static str {
-        self.0.pattern().name()
-    }
-
-    #[getter]
-    fn num_tokens(&self) -> usize {
-        self.0.num_tokens()
-    }
-
-    fn encode(&self, py: Python<'_>, text: &str) -> Vec<u32> {
-        py.detach(|| self.0.encode(text))
-    }
-
-    #[pyo3(signature = (texts, threads=None))]
-    fn encode_batch(
-        &self,
-        py: Python<'_>,
-        texts: Vec<PyBackedStr>,
-        threads: Option<usize>,
-    ) -> Vec<Vec<u32>> {
-        py.detach(|| self.0.encode_batch(&texts, threads_or_all(threads)))
-    }
-
-    fn decode_bytes<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyBytes>> {
-        let bytes = py.detach(|| self.0.decode(&ids))?;
-        Ok(PyBytes::new(py, &bytes))
-    }
-
-    fn token_bytes<'py>(&self, py: Python<'py>, id: u32) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(PyBytes::new(py, self.0.token(id)?))
-    }
 }
 
 /// The merges learnt from an iterable of str; the same for any `threads`.
@@ -114,7 +63,7 @@ fn split_text<'a>(text: &'a str, pattern: &str) -> PyResult<Vec<&'a str>> {
 
 #[pymodule]
 fn _bpe(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_class::<PyBpe>()?;
+    m.add_class::<crate::py_bpe::PyBpe>()?;
     m.add_function(wrap_pyfunction!(train, m)?)?;
     m.add_function(wrap_pyfunction!(split_text, m)?)
 }
