@@ -27,6 +27,8 @@ use crate::FIRST_MERGE_ID;
 
 /// Pieces cut before they are looked up.
 const BATCH: usize = 64;
+/// No id: the piece was not found yet.
+const NO_ID: u32 = u32::MAX;
 /// Caches kept between calls; more calls than this at once make their own.
 const MAX_CACHES: usize = 64;
 /// A batch of texts is shared out in portions of about this many bytes.
@@ -91,15 +93,6 @@ impl Output for usize {
     fn many(&mut self, ids: &[u32]) {
         *self += ids.len();
     }
-}
-
-/// A piece that was cut and not looked up yet.
-#[derive(Clone, Copy)]
-struct Cut {
-    key: Key,
-    slot: usize,
-    start: usize,
-    len: usize,
 }
 
 impl Bpe {
@@ -322,70 +315,68 @@ impl Bpe {
     fn encode_into(&self, text: &str, state: &mut State, out: &mut impl Output) {
         let bytes = text.as_bytes();
         let mut pieces = split(text, self.pattern);
-        let mut batch = [Cut {
-            key: Key::new(b""),
-            slot: 0,
-            start: 0,
-            len: 0,
-        }; BATCH];
-        let mut start = 0;
-        while start < bytes.len() {
+        // Piece i of a batch is bytes[bounds[i]..bounds[i + 1]].
+        let mut bounds = [0; BATCH + 1];
+        let mut keys = [Key::new(b""); BATCH];
+        let mut slots = [0; BATCH];
+        let mut ids = [0; BATCH];
+        loop {
             let mut num = 0;
-            for cut in &mut batch {
+            for bound in &mut bounds[1..] {
                 let Some(piece) = pieces.next() else { break };
-                let len = piece.len();
-                *cut = if len <= KEY_BYTES {
-                    let key = Key::at(bytes, start, len);
-                    let slot = self.words.slot(key);
-                    self.words.prefetch(slot);
-                    Cut { key, slot, start, len }
-                } else {
-                    Cut { start, len, ..*cut }
-                };
-                start += len;
+                *bound = piece.len();
                 num += 1;
             }
-            for cut in &batch[..num] {
-                if cut.len <= KEY_BYTES {
-                    if let Some(id) = self.words.get(cut.key, cut.slot) {
-                        out.one(id);
-                        continue;
-                    }
+            for i in 0..num {
+                bounds[i + 1] += bounds[i];
+            }
+            if num == 0 {
+                return;
+            }
+            for i in 0..num {
+                let (start, len) = (bounds[i], bounds[i + 1] - bounds[i]);
+                keys[i] = match bytes[start..].first_chunk() {
+                    Some(wide) => Key::first(wide, len),
+                    None if len <= KEY_BYTES => Key::new(&bytes[start..start + len]),
+                    None => Key::new(b""),
+                };
+                slots[i] = self.words.slot(keys[i]);
+                self.words.prefetch(slots[i]);
+            }
+            for i in 0..num {
+                ids[i] = self.words.get_first(keys[i], slots[i]).unwrap_or(NO_ID);
+                if ids[i] == NO_ID {
+                    state.cache.prefetch(keys[i]);
                 }
-                let piece = &bytes[cut.start..cut.start + cut.len];
-                if cut.len <= KEY_BYTES {
-                    self.short_piece(piece, cut.key, state, out);
+            }
+            for i in 0..num {
+                if ids[i] != NO_ID {
+                    out.one(ids[i]);
+                    continue;
+                }
+                let piece = &bytes[bounds[i]..bounds[i + 1]];
+                if piece.len() <= KEY_BYTES {
+                    self.short_piece(piece, keys[i], state, out);
                 } else {
                     self.long_piece(piece, state, out);
                 }
             }
+            bounds[0] = bounds[num];
         }
     }
 
-    /// A piece that fits a key and is no token.
+    /// A piece that fits a key and was not in its first slot.
     fn short_piece(&self, piece: &[u8], key: Key, state: &mut State, out: &mut impl Output) {
+        if let Some(id) = self.words.get(key) {
+            return out.one(id);
+        }
         if let Some(ids) = state.cache.get(key) {
             return out.many(ids);
         }
         state.ids.clear();
-        self.merge_short(piece, &mut state.ids);
+        self.table.short(piece, &mut state.ids);
         state.cache.insert(key, &state.ids);
         out.many(&state.ids);
-    }
-
-    /// Merges at most [`SHORT`] bytes, part by part.
-    fn merge_short(&self, piece: &[u8], ids: &mut Vec<u32>) {
-        let mut rest = piece;
-        while !rest.is_empty() {
-            let len = self.table.first_part(rest);
-            let (part, after) = rest.split_at(len);
-            rest = after;
-            if let [byte] = part {
-                ids.push(self.table.byte_id(*byte));
-            } else {
-                self.table.short(part, ids);
-            }
-        }
     }
 
     /// A piece that does not fit a key.
@@ -405,7 +396,9 @@ impl Bpe {
         while !rest.is_empty() {
             let (part, after) = rest.split_at(self.table.first_part(rest));
             rest = after;
-            if part.len() <= SHORT {
+            if let [byte] = part {
+                ids.push(self.table.byte_id(*byte));
+            } else if part.len() <= SHORT {
                 self.part(part, &mut state.cache, &mut ids);
             } else {
                 let encode = |window: &[u8], ids: &mut Vec<u32>| {
@@ -431,7 +424,7 @@ impl Bpe {
             let key = Key::new(part);
             if self.table.is_ordered() {
                 // Else some tokens are only found as whole pieces.
-                if let Some(id) = self.words.get(key, self.words.slot(key)) {
+                if let Some(id) = self.words.get(key) {
                     return ids.push(id);
                 }
             }
@@ -439,7 +432,7 @@ impl Bpe {
                 return ids.extend_from_slice(known);
             }
             let start = ids.len();
-            self.merge_short(part, ids);
+            self.table.short(part, ids);
             return cache.insert(key, &ids[start..]);
         }
         if part.len() > LONG_BYTES {

@@ -25,14 +25,19 @@ use std::collections::BinaryHeap;
 use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
 
-/// Ids are packed into 21 bits.
-pub(crate) const MAX_TOKENS: usize = 1 << 21;
+/// Ids are packed into 21 bits, and the last of them means nothing.
+pub(crate) const MAX_TOKENS: usize = (1 << 21) - 1;
 /// No token: the rank of a pair that does not join, and a token that is gone.
 const NONE: u32 = u32::MAX;
 /// Pieces up to this many bytes are merged by scanning, longer ones by a heap.
 pub(crate) const SHORT: usize = 64;
 /// The window with which a long piece begins.
 const WINDOW: usize = 48;
+
+/// A token that joins with nothing.
+const NOTHING: u32 = ID_MASK as u32;
+/// Places 0 to 65 of a short piece.
+const PLACE_BITS: u32 = 7;
 
 const EMPTY: u64 = u64::MAX;
 const ID_BITS: u32 = 21;
@@ -74,13 +79,15 @@ impl Merges {
         };
         for (i, &(left, right, id)) in pairs.iter().enumerate() {
             let key = u64::from(left) << ID_BITS | u64::from(right);
+            if merges.rank(left, right) != NONE {
+                let message = format!("merge {i} {:?} occurs twice", (left, right));
+                return Err(Error::new(ErrorKind::InvalidMerges, message));
+            }
             let mut slot = merges.slot(key);
             while merges.pairs[slot] != EMPTY {
-                if merges.pairs[slot] >> ID_BITS == key {
-                    let message = format!("merge {i} {:?} occurs twice", (left, right));
-                    return Err(Error::new(ErrorKind::InvalidMerges, message));
-                }
-                slot = (slot + 1) & (slots - 1);
+                // The neighbour first, then the next two.
+                let other = slot ^ 1;
+                slot = if merges.pairs[other] == EMPTY { other } else { (slot + 2) & (slots - 1) };
             }
             merges.pairs[slot] = key << ID_BITS | u64::from(id);
         }
@@ -115,19 +122,25 @@ impl Merges {
     }
 
     /// The id that two neighbours become, or NONE.
-    #[inline]
+    #[inline(always)]
     fn rank(&self, left: u32, right: u32) -> u32 {
         let key = u64::from(left) << ID_BITS | u64::from(right);
         let mut slot = self.slot(key);
         loop {
-            let found = self.pairs[slot];
-            if found >> ID_BITS == key {
-                return (found & ID_MASK) as u32;
+            // Two slots at a time, without a branch between them.
+            let first = self.pairs[slot];
+            let second = self.pairs[slot ^ 1];
+            let mut found = NONE;
+            if first >> ID_BITS == key {
+                found = (first & ID_MASK) as u32;
             }
-            if found == EMPTY {
-                return NONE;
+            if second >> ID_BITS == key {
+                found = (second & ID_MASK) as u32;
             }
-            slot = (slot + 1) & (self.pairs.len() - 1);
+            if found != NONE || first == EMPTY || second == EMPTY {
+                return found;
+            }
+            slot = (slot + 2) & (self.pairs.len() - 1);
         }
     }
 
@@ -154,40 +167,68 @@ impl Merges {
 
     /// Appends the ids of at most [`SHORT`] bytes.
     pub(crate) fn short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let mut tokens = [0u32; SHORT];
-        let mut ranks = [NONE; SHORT]; // ranks[i] belongs to tokens[i..i + 2]
-        let mut len = piece.len();
-        for (token, &byte) in tokens.iter_mut().zip(piece) {
-            *token = self.byte_id(byte);
+        if piece.len() <= 16 {
+            self.scan::<16, 18>(piece, out);
+        } else {
+            self.scan::<SHORT, { SHORT + 2 }>(piece, out);
         }
-        for (rank, pair) in ranks.iter_mut().zip(piece.windows(2)) {
-            *rank = self.byte_pairs[byte_pair(pair[0], pair[1])];
-        }
-        while len > 1 {
-            let (mut best, mut lowest) = (0, NONE);
-            for (i, &rank) in ranks[..len - 1].iter().enumerate() {
-                if rank < lowest {
-                    (best, lowest) = (i, rank);
-                }
+    }
+
+    /// Merges in a linked list of places: byte `i` is at place `i + 1`, and the
+    /// places before and behind hold a token that joins with nothing.
+    ///
+    /// Written without branches that depend on the text, where it can be.
+    #[inline(always)]
+    fn scan<const N: usize, const PLACES: usize>(&self, piece: &[u8], out: &mut Vec<u32>) {
+        let last = piece.len();
+        assert!(last <= N && PLACES == N + 2);
+        let mut tokens = [NOTHING; PLACES];
+        let mut next = [0u8; PLACES];
+        let mut previous = [0u8; PLACES];
+        // A rank and the place of its left token: the smallest is the next to
+        // be joined, the leftmost among equals.
+        let mut candidates = [NONE; N];
+        let mut before = None;
+        for (i, &byte) in piece.iter().enumerate() {
+            tokens[i + 1] = self.byte_id(byte);
+            next[i + 1] = i as u8 + 2;
+            previous[i + 1] = i as u8;
+            if let Some(before) = before {
+                let rank = self.byte_pairs[byte_pair(before, byte)];
+                candidates[i - 1] = candidate(rank, i as u32);
             }
-            if lowest == NONE {
+            before = Some(byte);
+        }
+        loop {
+            let mut best = NONE;
+            for &candidate in &candidates[..last] {
+                best = best.min(candidate);
+            }
+            if best == NONE {
                 break;
             }
-            tokens[best] = lowest; // the rank is the id
-            len -= 1;
-            for i in best + 1..len {
-                tokens[i] = tokens[i + 1];
-                ranks[i - 1] = ranks[i];
-            }
-            ranks[len - 1] = NONE;
-            if best + 1 < len {
-                ranks[best] = self.rank(lowest, tokens[best + 1]);
-            }
-            if best > 0 {
-                ranks[best - 1] = self.rank(tokens[best - 1], lowest);
+            let place = (best & ((1 << PLACE_BITS) - 1)) as usize % PLACES;
+            let id = best >> PLACE_BITS;
+            let gone = usize::from(next[place]) % PLACES;
+            let after = usize::from(next[gone]) % PLACES;
+            let left = usize::from(previous[place]) % PLACES;
+            tokens[place] = id;
+            tokens[gone] = NOTHING;
+            candidates[(gone - 1) % N] = NONE;
+            next[place] = after as u8;
+            previous[after] = place as u8;
+            let rank = self.rank(id, tokens[after]);
+            candidates[(place - 1) % N] = candidate(rank, place as u32);
+            if left > 0 {
+                let rank = self.rank(tokens[left], id);
+                candidates[(left - 1) % N] = candidate(rank, left as u32);
             }
         }
-        out.extend_from_slice(&tokens[..len]);
+        let mut place = 1;
+        while place <= last {
+            out.push(tokens[place]);
+            place = usize::from(next[place]);
+        }
     }
 
     /// A linked list of tokens and a heap of candidate merges: O(n log n).
@@ -327,6 +368,16 @@ impl Merges {
         let mut ids = Vec::new();
         self.piece(&bytes, &mut ids);
         ids == [left, right]
+    }
+}
+
+/// Orders by rank, then by place; NONE stays NONE.
+#[inline(always)]
+fn candidate(rank: u32, place: u32) -> u32 {
+    if rank == NONE {
+        NONE
+    } else {
+        rank << PLACE_BITS | place
     }
 }
 

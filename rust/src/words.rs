@@ -47,19 +47,13 @@ impl Key {
         Key(all as u64, (all >> 64) as u64)
     }
 
-    /// The key of `text[start..start + len]`, by wide loads.
-    ///
-    /// `len` is at most 15, `start + len` at most `text.len()`.
+    /// The key of the first `len` of `bytes`; for over 15, a key like no other.
     #[inline(always)]
-    pub(crate) fn at(text: &[u8], start: usize, len: usize) -> Key {
-        let Some(bytes) = text.get(start..start + 16) else {
-            return Key::new(&text[start..start + len]); // near the end
-        };
-        let word = |at: usize| {
-            u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
-        };
-        let (low, high) = MASKS[len & KEY_BYTES];
-        Key(word(0) & low, word(8) & high | (len as u64) << 56)
+    pub(crate) fn first(bytes: &[u8; 16], len: usize) -> Key {
+        let all = u128::from_le_bytes(*bytes);
+        let len = if len <= KEY_BYTES { len } else { 0 };
+        let (low, high) = MASKS[len];
+        Key(all as u64 & low, (all >> 64) as u64 & high | (len as u64) << 56)
     }
 
     #[inline(always)]
@@ -132,30 +126,29 @@ impl Words {
     /// Asks for the memory of a slot before it is needed.
     #[inline(always)]
     pub(crate) fn prefetch(&self, slot: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-            let entry: *const Entry = &self.slots[slot & (self.slots.len() - 1)];
-            // SAFETY: SSE is part of x86-64, and a prefetch touches no memory
-            // as far as the program can tell.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(entry.cast()) };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = slot;
+        prefetch(&self.slots, slot);
     }
 
-    /// The id of a short piece that is a token; `slot` is that of `key`.
+    /// The id of `key` if it is in its first slot, where nearly all are.
     #[inline(always)]
-    pub(crate) fn get(&self, key: Key, mut slot: usize) -> Option<u32> {
+    pub(crate) fn get_first(&self, key: Key, slot: usize) -> Option<u32> {
+        let entry = &self.slots[slot & (self.slots.len() - 1)];
+        (entry.key == key && entry.count > 0).then_some(entry.ids[0])
+    }
+
+    /// The id of a short piece that is a token.
+    #[inline]
+    pub(crate) fn get(&self, key: Key) -> Option<u32> {
+        let mut slot = self.slot(key);
         loop {
-            let entry = &self.slots[slot & (self.slots.len() - 1)];
+            let entry = &self.slots[slot];
             if entry.key == key {
                 return Some(entry.ids[0]);
             }
             if entry.count == 0 {
                 return None;
             }
-            slot += 1;
+            slot = (slot + 1) & (self.slots.len() - 1);
         }
     }
 
@@ -171,7 +164,7 @@ impl Words {
 
 /// What merging gave for pieces that are no tokens, within a fixed size.
 pub(crate) struct Cache {
-    slots: Vec<Entry>, // sets of two, the second the older
+    slots: Vec<Entry>, // sets of four, the newest first
     used: usize,       // slots that are not empty
     ring: Vec<u32>,    // ids that do not fit an entry, overwritten in turn
     head: u32,         // how many ids were ever written to the ring
@@ -184,6 +177,7 @@ struct Long {
     ids: Vec<u32>,
 }
 
+const WAYS: usize = 4;
 const FIRST_SLOTS: usize = 1 << 11;
 const MAX_SLOTS: usize = 1 << 17;
 const RING: usize = 1 << 18;
@@ -209,14 +203,22 @@ impl Cache {
 
     #[inline(always)]
     fn set(&self, key: Key) -> usize {
-        (key.hash() >> 32) as usize & (self.slots.len() - 2)
+        (key.hash() >> 32) as usize & (self.slots.len() - WAYS)
+    }
+
+    /// Asks for the memory of a set before it is needed, if it is.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, key: Key) {
+        let set = self.set(key);
+        prefetch(&self.slots, set);
+        prefetch(&self.slots, set + 2);
     }
 
     /// The ids of a short piece.
     #[inline]
     pub(crate) fn get(&self, key: Key) -> Option<&[u32]> {
         let set = self.set(key);
-        let entry = self.slots[set..set + 2].iter().find(|e| e.key == key)?;
+        let entry = self.slots[set..set + WAYS].iter().find(|e| e.key == key)?;
         let count = entry.count as usize;
         if count <= INLINE {
             return Some(&entry.ids[..count]);
@@ -246,11 +248,12 @@ impl Cache {
 
     fn place(&mut self, entry: Entry) {
         let set = self.set(entry.key);
-        if self.slots[set].key != entry.key {
-            self.used += usize::from(self.slots[set + 1].count == 0);
-            self.slots[set + 1] = self.slots[set];
-        }
-        self.slots[set] = entry;
+        let ways = &mut self.slots[set..set + WAYS];
+        let old = ways.iter().position(|e| e.key == entry.key || e.count == 0);
+        let gives_way = old.unwrap_or(WAYS - 1);
+        self.used += usize::from(ways[gives_way].count == 0);
+        ways.copy_within(..gives_way, 1);
+        ways[0] = entry;
     }
 
     fn grow(&mut self) {
@@ -300,6 +303,20 @@ impl Cache {
         entry.ids.clear();
         entry.ids.extend_from_slice(ids);
     }
+}
+
+#[inline(always)]
+fn prefetch(slots: &[Entry], slot: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        let entry = slots.as_ptr().wrapping_add(slot);
+        // SAFETY: SSE is part of x86-64, and a prefetch reads nothing as far as
+        // the program can tell, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(entry.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (slots, slot);
 }
 
 fn long_slot(piece: &[u8]) -> usize {
