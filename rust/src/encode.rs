@@ -323,12 +323,9 @@ impl Bpe {
         loop {
             let mut num = 0;
             for bound in &mut bounds[1..] {
-                let Some(piece) = pieces.next() else { break };
-                *bound = piece.len();
+                let Some(end) = pieces.next_end() else { break };
+                *bound = end;
                 num += 1;
-            }
-            for i in 0..num {
-                bounds[i + 1] += bounds[i];
             }
             if num == 0 {
                 return;

@@ -1,4 +1,7 @@
 //! One error type: what went wrong in words, and its kind for programs.
+//!
+//! Every fallible function of the crate returns it; `py.rs` turns it into
+//! Python exceptions by kind.
 
 use std::fmt;
 
@@ -8,6 +11,8 @@ use std::fmt;
 pub enum ErrorKind {
     /// No split pattern has this name.
     UnknownPattern,
+    /// A split regex that does not compile.
+    InvalidRegex,
     /// A list of merges that no training could have made.
     InvalidMerges,
     /// Ranks that are no tiktoken vocabulary: a duplicate, a gap, no single byte.
@@ -16,6 +21,14 @@ pub enum ErrorKind {
     TooLarge,
     /// A token id outside the vocabulary.
     UnknownToken,
+    /// A file of counts that is damaged, cut short or of another kind.
+    CorruptCounts,
+    /// More distinct pieces than can be learnt from.
+    TooLarge,
+    /// Stopped half-way by the caller.
+    Cancelled,
+    /// A file could not be read or written.
+    Io,
 }
 
 /// An error with its context in words; see [`Error::kind`].

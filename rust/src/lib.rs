@@ -38,15 +38,18 @@
 
 #![deny(missing_docs)]
 
+mod blocks;
 mod decode;
 mod encode;
 mod error;
+mod masks;
 mod merge;
 #[cfg(feature = "python")]
 mod py;
 #[cfg(feature = "python")]
 mod py_bpe;
 pub mod reference;
+mod scan;
 mod split;
 mod train;
 mod unicode;
@@ -55,7 +58,7 @@ mod words;
 pub use crate::decode::Decoder;
 pub use crate::encode::Bpe;
 pub use crate::error::{Error, ErrorKind};
-pub use crate::split::{split, Pattern, Pieces};
+pub use crate::split::{split, CustomPattern, Pattern, Pieces};
 pub use crate::train::{learn, train, Counter};
 
 /// Token ids 0..=255 are the bytes; the first merge makes this id.

@@ -1,14 +1,33 @@
 //! The naive twin: the same functions, written to be read.
 //!
-//! Every merge recounts every pair of the whole corpus and every encoding
-//! replays every merge. Tests and fuzz targets hold the fast code equal to it;
-//! nothing else calls it.
+//! Splitting runs the published regex, every merge recounts every pair of the
+//! whole corpus, and every encoding replays every merge. Tests, benches and
+//! fuzz targets hold the fast code equal to it; nothing else calls it.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use crate::split::{split, Pattern};
+use crate::scan::Scanner;
+use crate::split::Pattern;
 use crate::FIRST_MERGE_ID;
+
+/// What [`crate::split`] must return: the pieces by the published regex.
+pub fn split(text: &str, pattern: Pattern) -> Vec<&str> {
+    let regex = Pattern::custom(pattern.regex()).expect("published regexes compile");
+    crate::split(text, regex).collect()
+}
+
+/// Where the pieces end, by the scanner that finds one at a time.
+///
+/// For benches and tests of the block scanner; a custom pattern has no scanner and gives nothing.
+pub fn scan(text: &str, pattern: Pattern) -> Vec<usize> {
+    let Some(rule) = pattern.rule() else {
+        return Vec::new();
+    };
+    let scanner = Scanner::new(text, rule);
+    let next = |&at: &usize| (at < text.len()).then(|| scanner.piece_end(at));
+    std::iter::successors(next(&0), next).collect()
+}
 
 /// What [`crate::train`] must return.
 pub fn train(texts: &[&str], num_merges: usize, pattern: Pattern) -> Vec<(u32, u32)> {

@@ -1,9 +1,10 @@
 //! The class of a character, as far as the split patterns can tell.
 //!
 //! The general categories come from `regex-syntax`, the tables behind the
-//! `regex` crate: a scanner built on them agrees with that engine on `\p{L}`
-//! and `\p{N}` by construction, new Unicode versions included. They are
-//! unpacked once, at first use, into a two-stage table of about 40 kB.
+//! `regex` crate: a scanner built on them agrees with that engine on `\p{L}`,
+//! `\p{Lu}`, `\p{M}`, `\p{N}` and so on by construction, new Unicode versions
+//! included. They are unpacked once, at first use, into a two-stage table of
+//! about 40 kB. `split` and nothing else reads it.
 
 use std::sync::OnceLock;
 
@@ -11,16 +12,50 @@ use std::sync::OnceLock;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Class {
-    /// Everything else: punctuation, symbols, marks, unassigned.
+    /// Everything else: punctuation, symbols, unassigned.
     Other = 0,
-    /// `\p{L}`
+    /// `\p{Lo}` and `\p{Lm}`: letters that o200k takes for upper and lower case
     Letter = 1,
+    /// `\p{Lu}` and `\p{Lt}`
+    Upper = 2,
+    /// `\p{Ll}`
+    Lower = 3,
+    /// `\p{M}`
+    Mark = 4,
     /// `\p{N}`
-    Number = 2,
+    Number = 5,
     /// `\s` without line feed and carriage return
-    Space = 3,
+    Space = 6,
     /// `\r` or `\n`
-    Newline = 4,
+    Newline = 7,
+}
+
+impl Class {
+    /// The set that holds this class alone.
+    pub(crate) const fn set(self) -> ClassSet {
+        ClassSet(1 << self as u8)
+    }
+}
+
+/// A set of classes as a bit mask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ClassSet(u8);
+
+impl ClassSet {
+    /// `\p{L}`
+    pub(crate) const LETTERS: ClassSet = Class::Letter
+        .set()
+        .or(Class::Upper.set())
+        .or(Class::Lower.set());
+
+    pub(crate) const fn or(self, other: ClassSet) -> ClassSet {
+        ClassSet(self.0 | other.0)
+    }
+
+    #[inline(always)]
+    pub(crate) const fn has(self, class: Class) -> bool {
+        self.0 >> class as u8 & 1 != 0
+    }
 }
 
 const BLOCK: usize = 256;
@@ -43,9 +78,13 @@ impl Table {
     fn build() -> Table {
         let mut classes = vec![Class::Other; NUM_BLOCKS * BLOCK];
         fill(&mut classes, r"\p{L}", Class::Letter);
+        fill(&mut classes, r"[\p{Lu}\p{Lt}]", Class::Upper);
+        fill(&mut classes, r"\p{Ll}", Class::Lower);
+        fill(&mut classes, r"\p{M}", Class::Mark);
         fill(&mut classes, r"\p{N}", Class::Number);
-        for c in 0..classes.len() as u32 {
-            if char::from_u32(c).is_some_and(char::is_whitespace) {
+        // White space ends at U+3000.
+        for c in (0..=0x3000).filter_map(char::from_u32) {
+            if c.is_whitespace() {
                 classes[c as usize] = Class::Space;
             }
         }
@@ -83,8 +122,9 @@ impl Table {
         }
     }
 
+    /// [`Table::at`] where the character is not ASCII.
     #[inline]
-    fn at_wide(&self, bytes: &[u8], at: usize) -> (Class, usize) {
+    pub(crate) fn at_wide(&self, bytes: &[u8], at: usize) -> (Class, usize) {
         let first = u32::from(bytes[at]);
         let low = |i: usize| u32::from(bytes[at + i] & 0x3F);
         let (c, len) = if first < 0xE0 {
@@ -127,28 +167,39 @@ mod tests {
             assert_eq!(len, text.len());
             class
         };
-        for c in ['a', 'Z', '\u{e9}', '\u{4e2d}', '\u{1d400}', '\u{2b0}'] {
-            assert_eq!(class(c), Class::Letter, "{c:?}");
+        let cases: [(Class, &[char]); 8] = [
+            (Class::Lower, &['a', '\u{e9}', '\u{17f}', '\u{1d41a}']),
+            (Class::Upper, &['Z', '\u{1c5}', '\u{212a}', '\u{1d400}']),
+            (Class::Letter, &['\u{4e2d}', '\u{2b0}', '\u{e01}', '\u{aa}']),
+            (Class::Mark, &['\u{301}', '\u{93f}', '\u{94d}', '\u{20dd}']),
+            (Class::Number, &['0', '\u{b2}', '\u{967}', '\u{2164}']),
+            (
+                Class::Space,
+                &[
+                    ' ', '\t', '\u{b}', '\u{85}', '\u{a0}', '\u{3000}', '\u{2028}',
+                ],
+            ),
+            (
+                Class::Other,
+                &['!', '\u{1f600}', '\u{1c}', '\u{200b}', '\u{10ffff}'],
+            ),
+            (Class::Newline, &['\n', '\r']),
+        ];
+        for (expected, characters) in cases {
+            for &c in characters {
+                assert_eq!(class(c), expected, "{c:?}");
+            }
         }
-        for c in ['0', '\u{b2}', '\u{0967}', '\u{2164}'] {
-            assert_eq!(class(c), Class::Number, "{c:?}");
+    }
+
+    #[test]
+    fn white_space_is_all_there() {
+        let table = Table::get();
+        for c in '\0'..=char::MAX {
+            let mut buffer = [0; 4];
+            let (class, _) = table.at(c.encode_utf8(&mut buffer).as_bytes(), 0);
+            let white = matches!(class, Class::Space | Class::Newline);
+            assert_eq!(white, c.is_whitespace(), "{c:?}");
         }
-        for c in [
-            ' ', '\t', '\u{b}', '\u{85}', '\u{a0}', '\u{3000}', '\u{2028}',
-        ] {
-            assert_eq!(class(c), Class::Space, "{c:?}");
-        }
-        for c in [
-            '!',
-            '\u{301}',
-            '\u{1f600}',
-            '\u{1c}',
-            '\u{200b}',
-            '\u{10ffff}',
-        ] {
-            assert_eq!(class(c), Class::Other, "{c:?}");
-        }
-        assert_eq!(class('\n'), Class::Newline);
-        assert_eq!(class('\r'), Class::Newline);
     }
 }
