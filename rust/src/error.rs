@@ -17,8 +17,6 @@ pub enum ErrorKind {
     InvalidMerges,
     /// Ranks that are no tiktoken vocabulary: a duplicate, a gap, no single byte.
     InvalidRanks,
-    /// More tokens, or more bytes in them, than fit.
-    TooLarge,
     /// A token id outside the vocabulary.
     UnknownToken,
     /// A file of counts that is damaged, cut short or of another kind.
