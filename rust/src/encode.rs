@@ -27,8 +27,6 @@ use crate::FIRST_MERGE_ID;
 
 /// Pieces cut before they are looked up.
 const BATCH: usize = 64;
-/// No id: the piece was not found yet.
-const NO_ID: u32 = u32::MAX;
 /// Caches kept between calls; more calls than this at once make their own.
 const MAX_CACHES: usize = 64;
 /// A batch of texts is shared out in portions of about this many bytes.
@@ -317,47 +315,55 @@ impl Bpe {
         let mut pieces = split(text, self.pattern);
         // Piece i of a batch is bytes[bounds[i]..bounds[i + 1]].
         let mut bounds = [0; BATCH + 1];
-        let mut keys = [Key::new(b""); BATCH];
-        let mut slots = [0; BATCH];
+        let mut keys = [(Key::new(b""), 0); BATCH];
         let mut ids = [0; BATCH];
+        let mut misses = [0; BATCH];
         loop {
             let mut num = 0;
-            for bound in &mut bounds[1..] {
+            while num < BATCH {
                 let Some(end) = pieces.next_end() else { break };
-                *bound = end;
                 num += 1;
+                bounds[num] = end;
             }
             if num == 0 {
                 return;
             }
+            let far_from_end = bounds[num - 1] + KEY_BYTES <= bytes.len();
             for i in 0..num {
                 let (start, len) = (bounds[i], bounds[i + 1] - bounds[i]);
-                keys[i] = match bytes[start..].first_chunk() {
-                    Some(wide) => Key::first(wide, len),
-                    None if len <= KEY_BYTES => Key::new(&bytes[start..start + len]),
-                    None => Key::new(b""),
+                let key = if far_from_end {
+                    // SAFETY: no piece of the batch begins later than the last.
+                    unsafe { Key::at(bytes, start, len) }
+                } else {
+                    Key::new(&bytes[start..start + len])
                 };
-                slots[i] = self.words.slot(keys[i]);
-                self.words.prefetch(slots[i]);
+                let hash = key.hash();
+                self.words.prefetch(hash);
+                keys[i] = (key, hash);
             }
+            let mut num_misses = 0;
             for i in 0..num {
-                ids[i] = self.words.get_first(keys[i], slots[i]).unwrap_or(NO_ID);
-                if ids[i] == NO_ID {
-                    state.cache.prefetch(keys[i]);
-                }
+                let (key, hash) = keys[i];
+                let id = self.words.get_first(key, hash);
+                ids[i] = id.unwrap_or_default();
+                misses[num_misses % BATCH] = i;
+                num_misses += usize::from(id.is_none());
             }
-            for i in 0..num {
-                if ids[i] != NO_ID {
-                    out.one(ids[i]);
-                    continue;
-                }
+            for &i in &misses[..num_misses] {
+                state.cache.prefetch(keys[i].1);
+            }
+            let mut done = 0;
+            for &i in &misses[..num_misses] {
+                out.many(&ids[done..i]);
                 let piece = &bytes[bounds[i]..bounds[i + 1]];
                 if piece.len() <= KEY_BYTES {
-                    self.short_piece(piece, keys[i], state, out);
+                    self.short_piece(piece, keys[i].0, state, out);
                 } else {
                     self.long_piece(piece, state, out);
                 }
+                done = i + 1;
             }
+            out.many(&ids[done..num]);
             bounds[0] = bounds[num];
         }
     }

@@ -6,28 +6,29 @@
 //! contended. Its size is fixed ([`Cache::MAX_BYTES`]): a new piece replaces an
 //! old one, and hostile text can make it useless but not large.
 //!
-//! A piece of at most 15 bytes is a [`Key`]: its bytes in two words with the
-//! length in the last byte, compared and hashed without touching memory.
-//! Called by `encode` only.
+//! A piece of at most 12 bytes is a [`Key`]: its bytes in two words with the
+//! length in the last four bits. It is compared and hashed without touching
+//! memory, and leaves room for the id of a token, so that four tokens fit a
+//! cache line. Called by `encode` only.
 
 use std::hash::Hasher;
 
 use rustc_hash::{FxHashMap, FxHasher};
 
 /// Pieces up to this many bytes fit a [`Key`].
-pub(crate) const KEY_BYTES: usize = 15;
+pub(crate) const KEY_BYTES: usize = 12;
 /// Pieces up to this many bytes are remembered.
 pub(crate) const LONG_BYTES: usize = 128;
 /// Ids that fit an entry.
 const INLINE: usize = 3;
 
-/// A short piece: its bytes, zeros, and its length in the last byte.
+/// A short piece: its bytes, zeros, and its length in the last four bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Key(u64, u64);
 
-/// `MASKS[n]` keeps the first n of 16 bytes; the second word adds the length.
-const MASKS: [(u64, u64); KEY_BYTES + 1] = {
-    let mut masks = [(0, 0); KEY_BYTES + 1];
+/// `MASKS[n]` keeps the first n of 12 bytes; one more, for longer pieces.
+const MASKS: [(u64, u64); 16] = {
+    let mut masks = [(0, 0); 16];
     let mut n = 1;
     while n <= KEY_BYTES {
         let all = u128::MAX >> (128 - 8 * n);
@@ -36,34 +37,55 @@ const MASKS: [(u64, u64); KEY_BYTES + 1] = {
     }
     masks
 };
+/// Above the bytes, below the length: bits that are 0 in every key.
+const ID_SHIFT: u32 = 32;
+const ID_BITS: u64 = 0xFFF_FFFF << ID_SHIFT;
 
 impl Key {
-    /// The key of a piece of at most 15 bytes.
+    /// The key of a piece of at most 12 bytes; for more, a key like no other.
     pub(crate) fn new(piece: &[u8]) -> Key {
         let mut bytes = [0; 16];
-        bytes[..piece.len()].copy_from_slice(piece);
-        bytes[KEY_BYTES] = piece.len() as u8;
+        let len = piece.len().min(KEY_BYTES + 1);
+        if len <= KEY_BYTES {
+            bytes[..len].copy_from_slice(piece);
+        }
         let all = u128::from_le_bytes(bytes);
-        Key(all as u64, (all >> 64) as u64)
+        Key(all as u64, (all >> 64) as u64 | (len as u64) << 60)
     }
 
-    /// The key of the first `len` of `bytes`; for over 15, a key like no other.
+    /// [`Key::new`] of `text[start..start + len]`, by wide loads.
+    ///
+    /// # Safety
+    ///
+    /// `text` goes on for 12 bytes from `start`.
     #[inline(always)]
-    pub(crate) fn first(bytes: &[u8; 16], len: usize) -> Key {
-        let all = u128::from_le_bytes(*bytes);
-        let len = if len <= KEY_BYTES { len } else { 0 };
-        let (low, high) = MASKS[len];
-        Key(all as u64 & low, (all >> 64) as u64 & high | (len as u64) << 56)
+    pub(crate) unsafe fn at(text: &[u8], start: usize, len: usize) -> Key {
+        debug_assert!(start + KEY_BYTES <= text.len());
+        // SAFETY: these are the 12 bytes that the caller vouches for, and the
+        // reads ask for no alignment.
+        let (low, high) = unsafe {
+            let from = text.as_ptr().add(start);
+            let low = from.cast::<u64>().read_unaligned();
+            (low, from.add(8).cast::<u32>().read_unaligned())
+        };
+        let len = len.min(KEY_BYTES + 1);
+        let (low_mask, high_mask) = MASKS[len];
+        let low = u64::from_le(low) & low_mask;
+        let high = u64::from(u32::from_le(high)) & high_mask;
+        Key(low, high | (len as u64) << 60)
     }
 
     #[inline(always)]
-    fn hash(self) -> u64 {
-        let a = self.0 ^ 0x9E37_79B9_7F4A_7C15;
-        let b = self.1 ^ 0xD6E8_FEB8_6659_FD93;
-        let product = u128::from(a) * u128::from(b);
+    pub(crate) fn hash(self) -> u64 {
+        let product = u128::from(self.0) * u128::from(self.1 ^ 0x9E37_79B9_7F4A_7C15);
         (product >> 64) as u64 ^ product as u64
     }
 }
+
+/// A short token: its key with its id in the bits that are free.
+#[derive(Clone, Copy)]
+#[repr(C, align(16))]
+struct Word(u64, u64);
 
 /// A short piece and its ids. `count` is 0 where the slot is empty; above
 /// [`INLINE`], `ids[0]` says where in the ring of the cache the ids lie.
@@ -83,7 +105,7 @@ const EMPTY: Entry = Entry {
 
 /// The tokens that their own bytes encode to, by their bytes.
 pub(crate) struct Words {
-    slots: Vec<Entry>, // at most half full
+    slots: Vec<Word>, // at most half full; a power of two
     long: FxHashMap<Box<[u8]>, u32>,
     longest: usize,
 }
@@ -92,8 +114,8 @@ impl Words {
     /// A table with room for `tokens` tokens.
     pub(crate) fn new(tokens: usize) -> Words {
         Words {
-            slots: vec![EMPTY; (tokens * 2).next_power_of_two().max(1024)],
-            long: Default::default(),
+            slots: vec![Word(0, 0); (tokens * 2).next_power_of_two().max(1024)],
+            long: FxHashMap::default(),
             longest: 0,
         }
     }
@@ -102,54 +124,43 @@ impl Words {
     pub(crate) fn insert(&mut self, bytes: &[u8], id: u32) {
         if bytes.len() > KEY_BYTES {
             self.longest = self.longest.max(bytes.len());
-            self.long.insert(bytes.into(), id);
+            self.long.entry(bytes.into()).or_insert(id);
             return;
         }
         let key = Key::new(bytes);
-        let mut slot = self.slot(key);
-        while self.slots[slot].count > 0 {
-            if self.slots[slot].key == key {
+        let mut slot = key.hash() as usize & (self.slots.len() - 1);
+        while self.slots[slot].1 != 0 {
+            if self.slots[slot].id(key).is_some() {
                 return; // the first of two tokens with the same bytes wins
             }
             slot = (slot + 1) & (self.slots.len() - 1);
         }
-        let (ids, count) = ([id, 0, 0], 1);
-        self.slots[slot] = Entry { key, ids, count };
+        self.slots[slot] = Word(key.0, key.1 | u64::from(id) << ID_SHIFT);
     }
 
-    /// Where the search for `key` begins.
+    /// Asks for the memory of a key's first slot before it is needed.
     #[inline(always)]
-    pub(crate) fn slot(&self, key: Key) -> usize {
-        key.hash() as usize & (self.slots.len() - 1)
+    pub(crate) fn prefetch(&self, hash: u64) {
+        prefetch(&self.slots, hash as usize & (self.slots.len() - 1));
     }
 
-    /// Asks for the memory of a slot before it is needed.
+    /// The id of a key if it is in its first slot, where nearly all are.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, slot: usize) {
-        prefetch(&self.slots, slot);
-    }
-
-    /// The id of `key` if it is in its first slot, where nearly all are.
-    #[inline(always)]
-    pub(crate) fn get_first(&self, key: Key, slot: usize) -> Option<u32> {
-        let entry = &self.slots[slot & (self.slots.len() - 1)];
-        (entry.key == key && entry.count > 0).then_some(entry.ids[0])
+    pub(crate) fn get_first(&self, key: Key, hash: u64) -> Option<u32> {
+        self.slots[hash as usize & (self.slots.len() - 1)].id(key)
     }
 
     /// The id of a short piece that is a token.
     #[inline]
     pub(crate) fn get(&self, key: Key) -> Option<u32> {
-        let mut slot = self.slot(key);
-        loop {
-            let entry = &self.slots[slot];
-            if entry.key == key {
-                return Some(entry.ids[0]);
-            }
-            if entry.count == 0 {
-                return None;
+        let mut slot = key.hash() as usize & (self.slots.len() - 1);
+        while self.slots[slot].1 != 0 {
+            if let Some(id) = self.slots[slot].id(key) {
+                return Some(id);
             }
             slot = (slot + 1) & (self.slots.len() - 1);
         }
+        None
     }
 
     /// The id of a long piece that is a token.
@@ -159,6 +170,14 @@ impl Words {
             return None;
         }
         self.long.get(piece).copied()
+    }
+}
+
+impl Word {
+    #[inline(always)]
+    fn id(self, key: Key) -> Option<u32> {
+        let difference = (self.0 ^ key.0) | (self.1 ^ key.1) & !ID_BITS;
+        (difference == 0).then_some(((self.1 & ID_BITS) >> ID_SHIFT) as u32)
     }
 }
 
@@ -181,14 +200,14 @@ const WAYS: usize = 4;
 const FIRST_SLOTS: usize = 1 << 11;
 const MAX_SLOTS: usize = 1 << 17;
 const RING: usize = 1 << 18;
-const LONG_SLOTS: usize = 1 << 12;
+const LONG_SLOTS: usize = 1 << 13;
 
 impl Cache {
     /// A full cache takes less: 4 MiB of short pieces (half as much again while
     /// it grows), 1 MiB of ids, and long pieces with at most an id per byte.
     pub(crate) const MAX_BYTES: usize = MAX_SLOTS * size_of::<Entry>() * 3 / 2
         + RING * size_of::<u32>()
-        + LONG_SLOTS * (size_of::<Long>() + 2 * LONG_BYTES * (1 + size_of::<u32>()));
+        + LONG_SLOTS * (size_of::<Long>() + LONG_BYTES * (1 + size_of::<u32>()));
 
     /// An empty cache; it grows to its full size with the pieces it is given.
     pub(crate) fn new() -> Cache {
@@ -202,14 +221,14 @@ impl Cache {
     }
 
     #[inline(always)]
-    fn set(&self, key: Key) -> usize {
-        (key.hash() >> 32) as usize & (self.slots.len() - WAYS)
+    fn set(&self, hash: u64) -> usize {
+        (hash >> 32) as usize & (self.slots.len() - WAYS)
     }
 
-    /// Asks for the memory of a set before it is needed, if it is.
+    /// Asks for the memory of a set before it is needed.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, key: Key) {
-        let set = self.set(key);
+    pub(crate) fn prefetch(&self, hash: u64) {
+        let set = self.set(hash);
         prefetch(&self.slots, set);
         prefetch(&self.slots, set + 2);
     }
@@ -217,7 +236,7 @@ impl Cache {
     /// The ids of a short piece.
     #[inline]
     pub(crate) fn get(&self, key: Key) -> Option<&[u32]> {
-        let set = self.set(key);
+        let set = self.set(key.hash());
         let entry = self.slots[set..set + WAYS].iter().find(|e| e.key == key)?;
         let count = entry.count as usize;
         if count <= INLINE {
@@ -247,7 +266,7 @@ impl Cache {
     }
 
     fn place(&mut self, entry: Entry) {
-        let set = self.set(entry.key);
+        let set = self.set(entry.key.hash());
         let ways = &mut self.slots[set..set + WAYS];
         let old = ways.iter().position(|e| e.key == entry.key || e.count == 0);
         let gives_way = old.unwrap_or(WAYS - 1);
@@ -286,7 +305,7 @@ impl Cache {
         position
     }
 
-    /// The ids of a piece of 16 to [`LONG_BYTES`] bytes.
+    /// The ids of a piece of 13 to [`LONG_BYTES`] bytes.
     pub(crate) fn get_long(&self, piece: &[u8]) -> Option<&[u32]> {
         let entry = self.long.get(long_slot(piece))?;
         (entry.piece == piece).then_some(entry.ids.as_slice())
@@ -299,14 +318,16 @@ impl Cache {
         }
         let entry = &mut self.long[long_slot(piece)];
         entry.piece.clear();
+        entry.piece.reserve_exact(piece.len());
         entry.piece.extend_from_slice(piece);
         entry.ids.clear();
+        entry.ids.reserve_exact(ids.len());
         entry.ids.extend_from_slice(ids);
     }
 }
 
 #[inline(always)]
-fn prefetch(slots: &[Entry], slot: usize) {
+fn prefetch<T>(slots: &[T], slot: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
