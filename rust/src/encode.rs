@@ -18,11 +18,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use crate::blocks::Blocks;
 use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
 use crate::merge::{Merges, MAX_TOKENS, SHORT};
 use crate::split::{split, Pattern};
-use crate::words::{Cache, Key, Words, KEY_BYTES, LONG_BYTES};
+use crate::words::{Cache, Key, Words, CACHED_BYTES, KEY_BYTES};
 use crate::FIRST_MERGE_ID;
 
 /// Pieces cut before they are looked up.
@@ -53,16 +54,10 @@ struct State {
 
 /// Where ids go: a list of them, or a mere count.
 trait Output {
-    fn one(&mut self, id: u32);
     fn many(&mut self, ids: &[u32]);
 }
 
 impl Output for Vec<u32> {
-    #[inline(always)]
-    fn one(&mut self, id: u32) {
-        self.push(id);
-    }
-
     #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         self.extend_from_slice(ids);
@@ -71,22 +66,12 @@ impl Output for Vec<u32> {
 
 impl Output for Vec<u16> {
     #[inline(always)]
-    fn one(&mut self, id: u32) {
-        self.push(id as u16);
-    }
-
-    #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         self.extend(ids.iter().map(|&id| id as u16));
     }
 }
 
 impl Output for usize {
-    #[inline(always)]
-    fn one(&mut self, _: u32) {
-        *self += 1;
-    }
-
     #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         *self += ids.len();
@@ -127,7 +112,7 @@ impl Bpe {
             ids.clear();
             table.piece(tokens.get(id), &mut ids);
             if ids == [id] {
-                words.insert(tokens.get(id), id);
+                words.insert(id, &tokens);
             }
         }
         Ok(Bpe::from_parts(pattern, merges, tokens, table, words))
@@ -311,19 +296,48 @@ impl Bpe {
     }
 
     fn encode_into(&self, text: &str, state: &mut State, out: &mut impl Output) {
+        match self.pattern.rule() {
+            Some(rule) => {
+                let mut blocks = Blocks::new(text, rule);
+                self.encode_blocks(text, || blocks.next_ends(), state, out);
+            }
+            None => {
+                let mut pieces = split(text, self.pattern);
+                let next = || pieces.next_end().map(|end| (end, 1));
+                self.encode_blocks(text, next, state, out);
+            }
+        }
+    }
+
+    /// `next` gives a place and bits: pieces end at the place plus each bit.
+    #[inline(always)]
+    fn encode_blocks(
+        &self,
+        text: &str,
+        mut next: impl FnMut() -> Option<(usize, u64)>,
+        state: &mut State,
+        out: &mut impl Output,
+    ) {
         let bytes = text.as_bytes();
-        let mut pieces = split(text, self.pattern);
         // Piece i of a batch is bytes[bounds[i]..bounds[i + 1]].
-        let mut bounds = [0; BATCH + 1];
-        let mut keys = [(Key::new(b""), 0); BATCH];
-        let mut ids = [0; BATCH];
-        let mut misses = [0; BATCH];
+        let mut bounds = [0; BATCH + 64 + 4];
+        let mut ids = [0; BATCH + 64];
+        let mut keys = [(Key::new(b""), 0); BATCH + 64];
+        let mut misses = [0u8; BATCH + 64];
         loop {
             let mut num = 0;
             while num < BATCH {
-                let Some(end) = pieces.next_end() else { break };
-                num += 1;
-                bounds[num] = end;
+                let Some((base, mut bits)) = next() else { break };
+                let end = num + bits.count_ones() as usize;
+                while num < end {
+                    // Four at a time; what is too much is overwritten.
+                    for bound in &mut bounds[num + 1..][..4] {
+                        *bound = base + bits.trailing_zeros() as usize;
+                        bits &= bits.wrapping_sub(1);
+                    }
+                    num += 4;
+                }
+                num = end;
             }
             if num == 0 {
                 return;
@@ -346,21 +360,18 @@ impl Bpe {
                 let (key, hash) = keys[i];
                 let id = self.words.get_first(key, hash);
                 ids[i] = id.unwrap_or_default();
-                misses[num_misses % BATCH] = i;
+                misses[num_misses] = i as u8;
                 num_misses += usize::from(id.is_none());
             }
             for &i in &misses[..num_misses] {
-                state.cache.prefetch(keys[i].1);
+                state.cache.prefetch(keys[usize::from(i)].1);
             }
             let mut done = 0;
             for &i in &misses[..num_misses] {
+                let i = usize::from(i);
                 out.many(&ids[done..i]);
                 let piece = &bytes[bounds[i]..bounds[i + 1]];
-                if piece.len() <= KEY_BYTES {
-                    self.short_piece(piece, keys[i].0, state, out);
-                } else {
-                    self.long_piece(piece, state, out);
-                }
+                self.missed(piece, state, out);
                 done = i + 1;
             }
             out.many(&ids[done..num]);
@@ -368,85 +379,68 @@ impl Bpe {
         }
     }
 
-    /// A piece that fits a key and was not in its first slot.
-    fn short_piece(&self, piece: &[u8], key: Key, state: &mut State, out: &mut impl Output) {
-        if let Some(id) = self.words.get(key) {
-            return out.one(id);
+    /// A piece that was not found in its first slot.
+    #[inline(never)]
+    fn missed(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
+        if let Some(id) = self.words.get(piece, &self.tokens) {
+            return out.many(&[id]);
         }
-        if let Some(ids) = state.cache.get(key) {
+        if piece.len() > CACHED_BYTES {
+            return self.long(piece, state, out);
+        }
+        if let Some(ids) = state.cache.get(piece) {
             return out.many(ids);
         }
         state.ids.clear();
-        self.table.short(piece, &mut state.ids);
-        state.cache.insert(key, &state.ids);
+        self.table.piece(piece, &mut state.ids);
+        state.cache.insert(piece, &state.ids);
         out.many(&state.ids);
     }
 
-    /// A piece that does not fit a key.
+    /// A piece too long to be remembered: part by part, and long parts by
+    /// windows, so that what repeats in it is found in the cache.
     #[cold]
-    fn long_piece(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
-        if let Some(id) = self.words.get_long(piece) {
-            return out.one(id);
-        }
-        if piece.len() <= LONG_BYTES {
-            if let Some(ids) = state.cache.get_long(piece) {
-                return out.many(ids);
-            }
-        }
-        let mut ids = std::mem::take(&mut state.ids);
+    fn long(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
+        let State { cache, ids } = state;
         ids.clear();
         let mut rest = piece;
         while !rest.is_empty() {
             let (part, after) = rest.split_at(self.table.first_part(rest));
             rest = after;
-            if let [byte] = part {
-                ids.push(self.table.byte_id(*byte));
-            } else if part.len() <= SHORT {
-                self.part(part, &mut state.cache, &mut ids);
+            if part.len() <= SHORT {
+                self.part(part, cache, ids);
             } else {
-                let encode = |window: &[u8], ids: &mut Vec<u32>| {
-                    self.part(window, &mut state.cache, ids);
-                };
-                self.table.windows(part, &self.tokens, &mut ids, encode);
+                let encode = |window: &[u8], ids: &mut Vec<u32>| self.part(window, cache, ids);
+                self.table.windows(part, &self.tokens, ids, encode);
             }
-            if ids.len() >= 1 << 12 && piece.len() > LONG_BYTES {
-                out.many(&ids);
+            if ids.len() >= 1 << 12 {
+                out.many(ids);
                 ids.clear();
             }
         }
-        out.many(&ids);
-        if piece.len() <= LONG_BYTES {
-            state.cache.insert_long(piece, &ids);
-        }
-        state.ids = ids;
+        out.many(ids);
     }
 
     /// A part or a window of a long piece, looked up like a piece.
     fn part(&self, part: &[u8], cache: &mut Cache, ids: &mut Vec<u32>) {
-        if part.len() <= KEY_BYTES {
-            let key = Key::new(part);
-            if self.table.is_ordered() {
-                // Else some tokens are only found as whole pieces.
-                if let Some(id) = self.words.get(key) {
-                    return ids.push(id);
-                }
-            }
-            if let Some(known) = cache.get(key) {
-                return ids.extend_from_slice(known);
-            }
-            let start = ids.len();
-            self.table.short(part, ids);
-            return cache.insert(key, &ids[start..]);
+        if let [byte] = part {
+            return ids.push(self.table.byte_id(*byte));
         }
-        if part.len() > LONG_BYTES {
+        if self.table.is_ordered() {
+            // Else some tokens are only found as whole pieces.
+            if let Some(id) = self.words.get(part, &self.tokens) {
+                return ids.push(id);
+            }
+        }
+        if part.len() > CACHED_BYTES {
             return self.table.piece(part, ids);
         }
-        if let Some(known) = cache.get_long(part) {
+        if let Some(known) = cache.get(part) {
             return ids.extend_from_slice(known);
         }
         let start = ids.len();
         self.table.piece(part, ids);
-        cache.insert_long(part, &ids[start..]);
+        cache.insert(part, &ids[start..]);
     }
 }
 

@@ -51,6 +51,9 @@ pub(crate) struct Merges {
     /// Open addressing: left, right and id in one word, at most a quarter full.
     pairs: Vec<u64>,
     shift: u32,
+    /// A bit for every pair, by its hash: most lookups end here, in memory
+    /// that fits the first cache.
+    filter: Vec<u64>,
     /// Bit `b` of `neighbours[a]`: some token holds byte `a` right before `b`.
     neighbours: Vec<[u64; 4]>,
     /// Ranks rise while a token is built, so that windows are exact.
@@ -74,6 +77,7 @@ impl Merges {
             byte_pairs: vec![NONE; 1 << 16],
             pairs: vec![EMPTY; slots],
             shift: 64 - slots.trailing_zeros(),
+            filter: vec![0; (slots / 32).max(1)],
             neighbours: vec![[0; 4]; 256],
             ordered,
         };
@@ -83,7 +87,10 @@ impl Merges {
                 let message = format!("merge {i} {:?} occurs twice", (left, right));
                 return Err(Error::new(ErrorKind::InvalidMerges, message));
             }
-            let mut slot = merges.slot(key);
+            let hash = Merges::hash(key);
+            let (word, bit) = merges.filter_bit(hash);
+            merges.filter[word] |= 1 << bit;
+            let mut slot = (hash >> merges.shift) as usize;
             while merges.pairs[slot] != EMPTY {
                 // The neighbour first, then the next two.
                 let other = slot ^ 1;
@@ -116,16 +123,28 @@ impl Merges {
         self.byte_ids[usize::from(byte)]
     }
 
-    #[inline]
-    fn slot(&self, key: u64) -> usize {
-        (key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> self.shift) as usize
+    #[inline(always)]
+    fn hash(key: u64) -> u64 {
+        key.wrapping_mul(0x9E37_79B9_7F4A_7C15)
+    }
+
+    /// The word of the filter and the bit in it.
+    #[inline(always)]
+    fn filter_bit(&self, hash: u64) -> (usize, u32) {
+        let word = (hash >> 20) as usize & (self.filter.len() - 1);
+        (word, (hash >> 14) as u32 & 63)
     }
 
     /// The id that two neighbours become, or NONE.
     #[inline(always)]
     fn rank(&self, left: u32, right: u32) -> u32 {
         let key = u64::from(left) << ID_BITS | u64::from(right);
-        let mut slot = self.slot(key);
+        let hash = Merges::hash(key);
+        let (word, bit) = self.filter_bit(hash);
+        if self.filter[word] >> bit & 1 == 0 {
+            return NONE;
+        }
+        let mut slot = (hash >> self.shift) as usize;
         loop {
             // Two slots at a time, without a branch between them.
             let first = self.pairs[slot];
