@@ -1,94 +1,138 @@
-//! Encoding and decoding with a list of merges.
+//! Encoding: from text to ids by way of pieces.
 //!
 //! A piece becomes its bytes, then the pair of lowest rank is joined, leftmost
-//! first, until no pair has a rank. Three things make that quick: a piece that
-//! is itself a token is looked up whole, a bounded cache keeps the pieces met
-//! before, and long pieces use a heap, so that no input is quadratic.
+//! first, until no pair has a rank. Nearly every piece of ordinary text is
+//! itself a token, so the loop in [`Bpe::encode`] is one look into the table of
+//! tokens (`words`); what is not there may be in the cache, and what is not in
+//! the cache is merged (`merge`) and put there.
+//!
+//! The loop takes pieces in batches: first it cuts all pieces of a batch,
+//! hashes them and asks for the cache lines they need, then it looks them up.
+//! Cutting mispredicts branches and looking up waits for memory; apart, neither
+//! holds up the other.
+//!
+//! Who calls it: the Python module, and Rust programs. It never looks for
+//! special tokens.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use rustc_hash::FxHashMap;
-
+use crate::blocks::Blocks;
+use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
+use crate::merge::{Merges, MAX_TOKENS, SHORT};
 use crate::split::{split, Pattern};
-use crate::train::shares;
+use crate::words::{Cache, Key, Words, CACHED_BYTES, KEY_BYTES};
 use crate::FIRST_MERGE_ID;
 
-/// Pieces up to this many bytes are merged by scanning, longer ones by a heap.
-const SHORT_PIECE: usize = 48;
-/// Pieces up to this many bytes are worth remembering.
-const CACHED_PIECE: usize = 48;
-/// A cache that holds this many pieces is emptied before it takes more.
-const CACHE_PIECES: usize = 1 << 16;
-
-type Cache = FxHashMap<Box<[u8]>, Box<[u32]>>;
+/// Pieces cut before they are looked up.
+const BATCH: usize = 64;
+/// Caches kept between calls; more calls than this at once make their own.
+const MAX_CACHES: usize = 64;
+/// A batch of texts is shared out in portions of about this many bytes.
+const PORTION_BYTES: usize = 1 << 16;
 
 /// A trained byte-level BPE: split pattern and merges.
 ///
-/// All methods take `&self` and may be called from many threads at once.
+/// All methods take `&self` and may be called from many threads at once. Each
+/// call at a time borrows a cache of at most [`Bpe::MAX_CACHE_BYTES`].
 pub struct Bpe {
     pattern: Pattern,
     merges: Vec<(u32, u32)>,
-    ids: FxHashMap<(u32, u32), u32>, // pair -> the id it becomes; lower id = earlier merge
-    token_bytes: Vec<u8>,            // all tokens one after the other
-    token_ends: Vec<usize>,
-    whole: FxHashMap<Box<[u8]>, u32>, // tokens that encode to themselves
-    caches: Mutex<Vec<Cache>>,        // borrowed by one call at a time, so never contended
+    tokens: Tokens,
+    table: Merges,
+    words: Words,
+    caches: Mutex<Vec<Box<State>>>, // borrowed by one call at a time, so never contended
+}
+
+/// What one call needs for itself.
+struct State {
+    cache: Cache,
+    ids: Vec<u32>, // of the piece at hand
+}
+
+/// Where ids go: a list of them, or a mere count.
+trait Output {
+    fn many(&mut self, ids: &[u32]);
+}
+
+impl Output for Vec<u32> {
+    #[inline(always)]
+    fn many(&mut self, ids: &[u32]) {
+        self.extend_from_slice(ids);
+    }
+}
+
+impl Output for Vec<u16> {
+    #[inline(always)]
+    fn many(&mut self, ids: &[u32]) {
+        self.extend(ids.iter().map(|&id| id as u16));
+    }
+}
+
+impl Output for usize {
+    #[inline(always)]
+    fn many(&mut self, ids: &[u32]) {
+        *self += ids.len();
+    }
 }
 
 impl Bpe {
+    /// More memory than one call's cache ever takes.
+    pub const MAX_CACHE_BYTES: usize = Cache::MAX_BYTES;
+
     /// A BPE from merges in the order in which they were learnt.
     ///
-    /// Fails if a merge names an id that does not exist yet or a pair twice.
+    /// Fails if a merge names an id that does not exist yet or a pair twice,
+    /// or if there are more than 2^21 tokens or 256 MiB in them.
     pub fn new(merges: Vec<(u32, u32)>, pattern: Pattern) -> Result<Bpe, Error> {
-        let mut ids = FxHashMap::default();
-        let mut token_bytes: Vec<u8> = (0..=255).collect();
-        let mut token_ends: Vec<usize> = (1..=256).collect();
+        check_size(merges.len() + FIRST_MERGE_ID as usize)?;
+        let mut tokens = Tokens::new();
+        for byte in 0..=255 {
+            tokens.push(&[&[byte]])?;
+        }
+        let mut pairs = Vec::with_capacity(merges.len());
         for (i, &pair) in merges.iter().enumerate() {
             let id = FIRST_MERGE_ID + i as u32;
             if pair.0 >= id || pair.1 >= id {
                 let message = format!("merge {i} {pair:?} uses an id above {}", id - 1);
                 return Err(Error::new(ErrorKind::InvalidMerges, message));
             }
-            if ids.insert(pair, id).is_some() {
-                let message = format!("merge {i} {pair:?} occurs twice");
-                return Err(Error::new(ErrorKind::InvalidMerges, message));
-            }
-            for part in [pair.0, pair.1] {
-                let range = token_range(&token_ends, part);
-                token_bytes.extend_from_within(range);
-            }
-            token_ends.push(token_bytes.len());
+            tokens.push_pair(pair.0, pair.1)?;
+            pairs.push((pair.0, pair.1, id));
         }
-        let caches = Mutex::new(Vec::new());
-        let whole = FxHashMap::default();
-        let mut bpe = Bpe {
-            pattern,
-            merges,
-            ids,
-            token_bytes,
-            token_ends,
-            whole,
-            caches,
-        };
-        bpe.find_whole_tokens();
-        Ok(bpe)
+        let byte_ids = std::array::from_fn(|byte| byte as u32);
+        let table = Merges::new(byte_ids, &pairs, &tokens, true)?;
+        // Training makes only tokens that their own bytes encode to; a list
+        // of merges from elsewhere may hold others.
+        let mut words = Words::new(tokens.len());
+        let mut ids = Vec::new();
+        for id in 0..tokens.len() as u32 {
+            ids.clear();
+            table.piece(tokens.get(id), &mut ids);
+            if ids == [id] {
+                words.insert(id, &tokens);
+            }
+        }
+        Ok(Bpe::from_parts(pattern, merges, tokens, table, words))
     }
 
-    /// Fills the table of tokens that their own bytes encode to. Training makes
-    /// only such tokens; a list of merges from elsewhere may hold others.
-    fn find_whole_tokens(&mut self) {
-        let mut out = Vec::new();
-        for id in 0..self.num_tokens() as u32 {
-            let bytes = &self.token_bytes[token_range(&self.token_ends, id)];
-            out.clear();
-            self.merge_piece(bytes, &mut out);
-            if out == [id] {
-                self.whole.insert(bytes.into(), id);
-            }
+    pub(crate) fn from_parts(
+        pattern: Pattern,
+        merges: Vec<(u32, u32)>,
+        tokens: Tokens,
+        table: Merges,
+        words: Words,
+    ) -> Bpe {
+        let caches = Mutex::new(Vec::new());
+        Bpe {
+            pattern,
+            merges,
+            tokens,
+            table,
+            words,
+            caches,
         }
     }
 
@@ -98,203 +142,331 @@ impl Bpe {
     }
 
     /// The merges, in the order in which they were learnt.
+    ///
+    /// Empty where the BPE was made from ranks.
     pub fn merges(&self) -> &[(u32, u32)] {
         &self.merges
     }
 
     /// Bytes plus merges.
     pub fn num_tokens(&self) -> usize {
-        self.token_ends.len()
+        self.tokens.len()
     }
 
     /// The bytes of one token.
     pub fn token(&self, id: u32) -> Result<&[u8], Error> {
         if id as usize >= self.num_tokens() {
-            let message = format!("token {id} is not below {}", self.num_tokens());
-            return Err(Error::new(ErrorKind::UnknownToken, message));
+            return Err(self.tokens.unknown(id));
         }
-        Ok(&self.token_bytes[token_range(&self.token_ends, id)])
+        Ok(self.tokens.get(id))
     }
 
     /// The ids of `text`.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        let mut cache = self.borrow_cache();
-        let mut out = Vec::with_capacity(text.len() / 3);
-        self.encode_into(text, &mut cache, &mut out);
-        self.return_cache(cache);
-        out
+        let mut ids = Vec::with_capacity(text.len() / 4 + BATCH);
+        self.with_state(|state| self.encode_into(text, state, &mut ids));
+        ids
+    }
+
+    /// The ids of `text` in half the memory, for at most 65,536 tokens.
+    ///
+    /// # Panics
+    ///
+    /// Where there are more tokens.
+    pub fn encode_u16(&self, text: &str) -> Vec<u16> {
+        assert!(self.num_tokens() <= 1 << 16, "ids do not fit 16 bits");
+        let mut ids = Vec::with_capacity(text.len() / 4 + BATCH);
+        self.with_state(|state| self.encode_into(text, state, &mut ids));
+        ids
+    }
+
+    /// How many ids `text` has.
+    pub fn count(&self, text: &str) -> usize {
+        let mut count = 0;
+        self.with_state(|state| self.encode_into(text, state, &mut count));
+        count
     }
 
     /// The ids of each of `texts`, computed on `threads` threads.
     pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S], threads: usize) -> Vec<Vec<u32>> {
-        let encode_all = |share: &[S]| -> Vec<Vec<u32>> {
-            let mut cache = self.borrow_cache();
-            let mut results = Vec::with_capacity(share.len());
-            for text in share {
-                let mut out = Vec::with_capacity(text.as_ref().len() / 3);
-                self.encode_into(text.as_ref(), &mut cache, &mut out);
-                results.push(out);
-            }
-            self.return_cache(cache);
-            results
-        };
-        if threads <= 1 || texts.len() < 2 {
-            return encode_all(texts);
-        }
-        thread::scope(|scope| {
-            let workers: Vec<_> = shares(texts, threads)
-                .into_iter()
-                .map(|share| scope.spawn(|| encode_all(share)))
-                .collect();
-            let join = |w: thread::ScopedJoinHandle<'_, _>| w.join().expect("encoding panicked");
-            workers.into_iter().flat_map(join).collect()
-        })
+        let (ids, offsets) = self.encode_flat(texts, threads);
+        let of_one = |range: &[usize]| ids[range[0]..range[1]].to_vec();
+        offsets.windows(2).map(of_one).collect()
+    }
+
+    /// The ids of all `texts` one after the other, and where those of each
+    /// begin and end: text `i` has `ids[offsets[i]..offsets[i + 1]]`.
+    pub fn encode_flat<S: AsRef<str> + Sync>(
+        &self,
+        texts: &[S],
+        threads: usize,
+    ) -> (Vec<u32>, Vec<usize>) {
+        self.flat(texts, threads)
+    }
+
+    /// [`Bpe::encode_flat`] in half the memory, for at most 65,536 tokens.
+    ///
+    /// # Panics
+    ///
+    /// Where there are more tokens.
+    pub fn encode_flat_u16<S: AsRef<str> + Sync>(
+        &self,
+        texts: &[S],
+        threads: usize,
+    ) -> (Vec<u16>, Vec<usize>) {
+        assert!(self.num_tokens() <= 1 << 16, "ids do not fit 16 bits");
+        self.flat(texts, threads)
     }
 
     /// The bytes that `ids` stand for; they may end inside a character.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, Error> {
-        let mut bytes = Vec::with_capacity(ids.len() * 4);
-        for &id in ids {
-            bytes.extend_from_slice(self.token(id)?);
-        }
-        Ok(bytes)
+        self.tokens.decode(ids)
     }
 
-    fn encode_into(&self, text: &str, cache: &mut Cache, out: &mut Vec<u32>) {
-        for piece in split(text, self.pattern) {
-            let piece = piece.as_bytes();
-            if let [byte] = piece {
-                out.push((*byte).into());
-            } else if let Some(&id) = self.whole.get(piece) {
-                out.push(id);
-            } else if piece.len() > CACHED_PIECE {
-                self.merge_piece(piece, out);
-            } else if let Some(ids) = cache.get(piece) {
-                out.extend_from_slice(ids);
+    fn flat<S: AsRef<str> + Sync, I: Copy + Send + Sync>(
+        &self,
+        texts: &[S],
+        threads: usize,
+    ) -> (Vec<I>, Vec<usize>)
+    where
+        Vec<I>: Output,
+    {
+        let encode_all = |texts: &[S]| -> (Vec<I>, Vec<usize>) {
+            let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
+            let mut ids = Vec::with_capacity(bytes / 4 + BATCH);
+            let mut offsets = Vec::with_capacity(texts.len() + 1);
+            offsets.push(0);
+            self.with_state(|state| {
+                for text in texts {
+                    self.encode_into(text.as_ref(), state, &mut ids);
+                    offsets.push(ids.len());
+                }
+            });
+            (ids, offsets)
+        };
+        let portions = if threads <= 1 { Vec::new() } else { portions(texts) };
+        let threads = threads.min(portions.len());
+        if threads <= 1 {
+            return encode_all(texts);
+        }
+        // Each thread takes the next portion as long as there is one.
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = Vec::new();
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(portion) = portions.get(index) else {
+                    return done;
+                };
+                done.push((index, encode_all(portion)));
+            }
+        };
+        let mut done = thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let mut done = work();
+            for other in others {
+                done.extend(other.join().expect("encoding panicked"));
+            }
+            done
+        });
+        done.sort_unstable_by_key(|&(index, _)| index);
+        let total = done.iter().map(|(_, (ids, _))| ids.len()).sum();
+        let (mut ids, mut offsets) = (Vec::with_capacity(total), vec![0]);
+        for (_, (portion, ends)) in done {
+            let before = ids.len();
+            ids.extend_from_slice(&portion);
+            offsets.extend(ends[1..].iter().map(|end| before + end));
+        }
+        (ids, offsets)
+    }
+
+    fn with_state<T>(&self, run: impl FnOnce(&mut State) -> T) -> T {
+        let lock = || self.caches.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = lock().pop();
+        let mut state = free.unwrap_or_else(|| {
+            let (cache, ids) = (Cache::new(), Vec::new());
+            Box::new(State { cache, ids })
+        });
+        let result = run(&mut state);
+        let mut caches = lock();
+        if caches.len() < MAX_CACHES {
+            caches.push(state);
+        }
+        result
+    }
+
+    fn encode_into(&self, text: &str, state: &mut State, out: &mut impl Output) {
+        match self.pattern.rule() {
+            Some(rule) => {
+                let mut blocks = Blocks::new(text, rule);
+                self.encode_blocks(text, || blocks.next_ends(), state, out);
+            }
+            None => {
+                let mut pieces = split(text, self.pattern);
+                let next = || pieces.next_end().map(|end| (end, 1));
+                self.encode_blocks(text, next, state, out);
+            }
+        }
+    }
+
+    /// `next` gives a place and bits: pieces end at the place plus each bit.
+    #[inline(always)]
+    fn encode_blocks(
+        &self,
+        text: &str,
+        mut next: impl FnMut() -> Option<(usize, u64)>,
+        state: &mut State,
+        out: &mut impl Output,
+    ) {
+        let bytes = text.as_bytes();
+        // Piece i of a batch is bytes[bounds[i]..bounds[i + 1]].
+        let mut bounds = [0; BATCH + 64 + 4];
+        let mut ids = [0; BATCH + 64];
+        let mut keys = [(Key::new(b""), 0); BATCH + 64];
+        let mut misses = [0u8; BATCH + 64];
+        loop {
+            let mut num = 0;
+            while num < BATCH {
+                let Some((base, mut bits)) = next() else { break };
+                let end = num + bits.count_ones() as usize;
+                while num < end {
+                    // Four at a time; what is too much is overwritten.
+                    for bound in &mut bounds[num + 1..][..4] {
+                        *bound = base + bits.trailing_zeros() as usize;
+                        bits &= bits.wrapping_sub(1);
+                    }
+                    num += 4;
+                }
+                num = end;
+            }
+            if num == 0 {
+                return;
+            }
+            let far_from_end = bounds[num - 1] + KEY_BYTES <= bytes.len();
+            for i in 0..num {
+                let (start, len) = (bounds[i], bounds[i + 1] - bounds[i]);
+                let key = if far_from_end {
+                    // SAFETY: no piece of the batch begins later than the last.
+                    unsafe { Key::at(bytes, start, len) }
+                } else {
+                    Key::new(&bytes[start..start + len])
+                };
+                let hash = key.hash();
+                self.words.prefetch(hash);
+                keys[i] = (key, hash);
+            }
+            let mut num_misses = 0;
+            for i in 0..num {
+                let (key, hash) = keys[i];
+                let id = self.words.get_first(key, hash);
+                ids[i] = id.unwrap_or_default();
+                misses[num_misses] = i as u8;
+                num_misses += usize::from(id.is_none());
+            }
+            for &i in &misses[..num_misses] {
+                state.cache.prefetch(keys[usize::from(i)].1);
+            }
+            let mut done = 0;
+            for &i in &misses[..num_misses] {
+                let i = usize::from(i);
+                out.many(&ids[done..i]);
+                let piece = &bytes[bounds[i]..bounds[i + 1]];
+                self.missed(piece, state, out);
+                done = i + 1;
+            }
+            out.many(&ids[done..num]);
+            bounds[0] = bounds[num];
+        }
+    }
+
+    /// A piece that was not found in its first slot.
+    #[inline(never)]
+    fn missed(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
+        if let Some(id) = self.words.get(piece, &self.tokens) {
+            return out.many(&[id]);
+        }
+        if piece.len() > CACHED_BYTES {
+            return self.long(piece, state, out);
+        }
+        if let Some(ids) = state.cache.get(piece) {
+            return out.many(ids);
+        }
+        state.ids.clear();
+        self.table.piece(piece, &mut state.ids);
+        state.cache.insert(piece, &state.ids);
+        out.many(&state.ids);
+    }
+
+    /// A piece too long to be remembered: part by part, and long parts by
+    /// windows, so that what repeats in it is found in the cache.
+    #[cold]
+    fn long(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
+        let State { cache, ids } = state;
+        ids.clear();
+        let mut rest = piece;
+        while !rest.is_empty() {
+            let (part, after) = rest.split_at(self.table.first_part(rest));
+            rest = after;
+            if part.len() <= SHORT {
+                self.part(part, cache, ids);
             } else {
-                let start = out.len();
-                self.merge_piece(piece, out);
-                if cache.len() >= CACHE_PIECES {
-                    cache.clear();
-                }
-                cache.insert(piece.into(), out[start..].into());
+                let encode = |window: &[u8], ids: &mut Vec<u32>| self.part(window, cache, ids);
+                self.table.windows(part, &self.tokens, ids, encode);
+            }
+            if ids.len() >= 1 << 12 {
+                out.many(ids);
+                ids.clear();
             }
         }
+        out.many(ids);
     }
 
-    /// Appends the ids of one piece, without any table of whole pieces.
-    fn merge_piece(&self, piece: &[u8], out: &mut Vec<u32>) {
-        if piece.len() <= SHORT_PIECE {
-            self.merge_short(piece, out);
-        } else {
-            self.merge_long(piece, out);
+    /// A part or a window of a long piece, looked up like a piece.
+    fn part(&self, part: &[u8], cache: &mut Cache, ids: &mut Vec<u32>) {
+        if let [byte] = part {
+            return ids.push(self.table.byte_id(*byte));
         }
-    }
-
-    fn rank(&self, left: u32, right: u32) -> u32 {
-        self.ids.get(&(left, right)).copied().unwrap_or(u32::MAX)
-    }
-
-    /// Scans for the lowest rank after every merge: fine for a few dozen bytes.
-    fn merge_short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let mut tokens = [0u32; SHORT_PIECE];
-        let mut ranks = [u32::MAX; SHORT_PIECE]; // ranks[i] belongs to tokens[i..i + 2]
-        let mut len = piece.len();
-        for (token, &byte) in tokens.iter_mut().zip(piece) {
-            *token = byte.into();
-        }
-        for i in 1..len {
-            ranks[i - 1] = self.rank(tokens[i - 1], tokens[i]);
-        }
-        while len > 1 {
-            let mut best = 0;
-            for i in 1..len - 1 {
-                if ranks[i] < ranks[best] {
-                    best = i;
-                }
-            }
-            if ranks[best] == u32::MAX {
-                break;
-            }
-            tokens[best] = ranks[best]; // the rank is the id
-            tokens.copy_within(best + 2..len, best + 1);
-            ranks.copy_within(best + 1..len, best);
-            len -= 1;
-            ranks[len - 1] = u32::MAX;
-            if best + 1 < len {
-                ranks[best] = self.rank(tokens[best], tokens[best + 1]);
-            }
-            if best > 0 {
-                ranks[best - 1] = self.rank(tokens[best - 1], tokens[best]);
+        if self.table.is_ordered() {
+            // Else some tokens are only found as whole pieces.
+            if let Some(id) = self.words.get(part, &self.tokens) {
+                return ids.push(id);
             }
         }
-        out.extend_from_slice(&tokens[..len]);
-    }
-
-    /// A linked list of tokens and a heap of candidate merges: O(n log n).
-    fn merge_long(&self, piece: &[u8], out: &mut Vec<u32>) {
-        const GONE: u32 = u32::MAX;
-        let len = piece.len();
-        assert!(len < GONE as usize, "a piece of 4 GiB");
-        let mut tokens: Vec<u32> = piece.iter().map(|&b| b.into()).collect();
-        let mut next: Vec<u32> = (1..=len as u32).collect();
-        let mut previous: Vec<u32> = (0..len as u32).map(|i| i.wrapping_sub(1)).collect();
-        let mut heap = BinaryHeap::with_capacity(len);
-        for i in 1..len {
-            let rank = self.rank(tokens[i - 1], tokens[i]);
-            if rank != u32::MAX {
-                heap.push(Reverse((rank, i as u32 - 1)));
-            }
+        if part.len() > CACHED_BYTES {
+            return self.table.piece(part, ids);
         }
-        while let Some(Reverse((rank, at))) = heap.pop() {
-            let i = at as usize;
-            let right = next[i] as usize;
-            // Stale if either token has changed since the entry was made.
-            if tokens[i] == GONE || right == len || self.rank(tokens[i], tokens[right]) != rank {
-                continue;
-            }
-            tokens[i] = rank;
-            tokens[right] = GONE;
-            next[i] = next[right];
-            let after = next[i] as usize;
-            if after < len {
-                previous[after] = at;
-                let rank = self.rank(tokens[i], tokens[after]);
-                if rank != u32::MAX {
-                    heap.push(Reverse((rank, at)));
-                }
-            }
-            if i > 0 {
-                let before = previous[i];
-                let rank = self.rank(tokens[before as usize], tokens[i]);
-                if rank != u32::MAX {
-                    heap.push(Reverse((rank, before)));
-                }
-            }
+        if let Some(known) = cache.get(part) {
+            return ids.extend_from_slice(known);
         }
-        out.extend(tokens.into_iter().filter(|&t| t != GONE));
-    }
-
-    fn borrow_cache(&self) -> Cache {
-        self.caches
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop()
-            .unwrap_or_default()
-    }
-
-    fn return_cache(&self, cache: Cache) {
-        self.caches
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(cache);
+        let start = ids.len();
+        self.table.piece(part, ids);
+        cache.insert(part, &ids[start..]);
     }
 }
 
-fn token_range(ends: &[usize], id: u32) -> std::ops::Range<usize> {
-    let id = id as usize;
-    let start = if id == 0 { 0 } else { ends[id - 1] };
-    start..ends[id]
+pub(crate) fn check_size(tokens: usize) -> Result<(), Error> {
+    if tokens <= MAX_TOKENS {
+        return Ok(());
+    }
+    let message = format!("{tokens} tokens; there may be {MAX_TOKENS}");
+    Err(Error::new(ErrorKind::TooLarge, message))
+}
+
+/// `texts` cut into runs of about [`PORTION_BYTES`].
+fn portions<S: AsRef<str>>(texts: &[S]) -> Vec<&[S]> {
+    let mut portions = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (i, text) in texts.iter().enumerate() {
+        bytes += text.as_ref().len();
+        if bytes >= PORTION_BYTES {
+            portions.push(&texts[start..=i]);
+            (start, bytes) = (i + 1, 0);
+        }
+    }
+    if start < texts.len() {
+        portions.push(&texts[start..]);
+    }
+    portions
 }
 
 #[cfg(test)]
@@ -307,27 +479,17 @@ mod tests {
             let error = Bpe::new(merges, Pattern::Qwen2).err().expect("refused");
             assert_eq!(error.kind(), ErrorKind::InvalidMerges);
         }
+        let doubling = (0..40).map(|i| if i == 0 { (97, 97) } else { (255 + i, 255 + i) });
+        let error = Bpe::new(doubling.collect(), Pattern::Qwen2).err().expect("refused");
+        assert_eq!(error.kind(), ErrorKind::TooLarge);
     }
 
     #[test]
     fn refuses_unknown_ids() {
         let bpe = Bpe::new(vec![(97, 98)], Pattern::Qwen2).unwrap();
         assert_eq!(bpe.decode(&[256]).unwrap(), b"ab");
-        assert_eq!(
-            bpe.decode(&[257]).unwrap_err().kind(),
-            ErrorKind::UnknownToken
-        );
-    }
-
-    #[test]
-    fn long_and_short_pieces_agree() {
-        let merges = vec![(97, 97), (256, 256), (257, 97), (98, 97), (256, 98)];
-        let bpe = Bpe::new(merges, Pattern::Qwen2).unwrap();
-        for text in ["aaaaaaa", "abaabaaab", "bbbb", "aabaa", "ba"] {
-            let (mut short, mut long) = (Vec::new(), Vec::new());
-            bpe.merge_short(text.as_bytes(), &mut short);
-            bpe.merge_long(text.as_bytes(), &mut long);
-            assert_eq!(short, long, "{text}");
-        }
+        let kind = |error: Error| error.kind();
+        assert_eq!(bpe.decode(&[257]).map_err(kind), Err(ErrorKind::UnknownToken));
+        assert_eq!(bpe.token(257).map_err(kind), Err(ErrorKind::UnknownToken));
     }
 }

@@ -15,6 +15,8 @@ pub enum ErrorKind {
     InvalidRegex,
     /// A list of merges that no training could have made.
     InvalidMerges,
+    /// Ranks that are no tiktoken vocabulary: a duplicate, a gap, no single byte.
+    InvalidRanks,
     /// A token id outside the vocabulary.
     UnknownToken,
     /// A file of counts that is damaged, cut short or of another kind.

@@ -41,21 +41,26 @@
 mod blocks;
 mod count;
 mod count_file;
+mod decode;
 mod encode;
 mod error;
 mod masks;
+mod merge;
 #[cfg(feature = "python")]
 mod py;
 #[cfg(feature = "python")]
 mod py_train;
+mod py_bpe;
 pub mod reference;
 mod scan;
 mod split;
 mod table;
 mod train;
 mod unicode;
+mod words;
 
 pub use crate::count::{Counter, DEFAULT_MEMORY};
+pub use crate::decode::Decoder;
 pub use crate::encode::Bpe;
 pub use crate::error::{Error, ErrorKind};
 pub use crate::split::{split, CustomPattern, Pattern, Pieces};
