@@ -17,6 +17,15 @@ class Bpe:
     def num_tokens(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]: ...
+    def encode_array(self, text: str, *, wide: bool) -> bytearray:
+        """The ids as the memory of an array of uint32, or of uint16 if not `wide`."""
+    def encode_batch_array(
+        self, texts: Sequence[str], threads: int | None = None, *, wide: bool
+    ) -> tuple[bytearray, bytearray]:
+        """All ids as one such array, and uint64 where each text begins and the last ends."""
+    def count(self, text: str) -> int: ...
+    def decode_array(self, ids: bytes) -> bytes:
+        """`decode_bytes` of an array of uint32 given by its memory."""
     def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
     def token_bytes(self, id: int) -> bytes: ...
 
@@ -50,9 +59,7 @@ class Counter:
         progress: Progress | None = None,
         total_bytes: int | None = None,
     ) -> None: ...
-    def add_file(
-        self, path: str | PathLike[str], *, progress: Progress | None = None
-    ) -> None:
+    def add_file(self, path: str | PathLike[str], *, progress: Progress | None = None) -> None:
         """Counts a file of UTF-8 as one text. Raises OSError."""
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the counts, whole or not at all. The same counts give the same file."""

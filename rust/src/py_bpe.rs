@@ -2,13 +2,13 @@
 //!
 //! The GIL is released while ids are computed. Lists are made of int objects
 //! that exist already, one for each id, because making an int costs more than
-//! finding its id. Arrays come without any Python object for a number:
-//! [`Ids`] lends its memory to numpy by the buffer protocol.
+//! finding its id. Arrays come without any Python object for a number: as a
+//! bytearray that numpy takes for its memory.
 
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyInt, PyList};
+use pyo3::types::{PyByteArray, PyBytes, PyInt, PyList};
 
 use crate::py::threads_or_all;
 use crate::Bpe;
@@ -64,6 +64,55 @@ impl PyBpe {
         PyList::new(py, lists)
     }
 
+    /// The ids as the bytes of an array of u16 or u32.
+    #[pyo3(signature = (text, *, wide))]
+    fn encode_array<'py>(
+        &self,
+        py: Python<'py>,
+        text: &str,
+        wide: bool,
+    ) -> Bound<'py, PyByteArray> {
+        if wide {
+            array(py, &py.detach(|| self.bpe.encode(text)))
+        } else {
+            array(py, &py.detach(|| self.bpe.encode_u16(text)))
+        }
+    }
+
+    /// The ids of all texts as one such array, and where each text begins and ends in it (u64).
+    #[pyo3(signature = (texts, threads=None, *, wide))]
+    fn encode_batch_array<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<PyBackedStr>,
+        threads: Option<usize>,
+        wide: bool,
+    ) -> (Bound<'py, PyByteArray>, Bound<'py, PyByteArray>) {
+        let threads = threads_or_all(threads);
+        let offsets = |found: Vec<usize>| -> Vec<u64> { found.iter().map(|&i| i as u64).collect() };
+        if wide {
+            let (ids, ends) = py.detach(|| self.bpe.encode_flat(&texts, threads));
+            (array(py, &ids), array(py, &offsets(ends)))
+        } else {
+            let (ids, ends) = py.detach(|| self.bpe.encode_flat_u16(&texts, threads));
+            (array(py, &ids), array(py, &offsets(ends)))
+        }
+    }
+
+    fn count(&self, py: Python<'_>, text: &str) -> usize {
+        py.detach(|| self.bpe.count(text))
+    }
+
+    /// `decode_bytes` of an array of u32 given by its bytes.
+    fn decode_array<'py>(&self, py: Python<'py>, ids: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
+        let ids: Vec<u32> = ids
+            .chunks_exact(4)
+            .map(|four| u32::from_ne_bytes(four.try_into().expect("four bytes")))
+            .collect();
+        let bytes = py.detach(|| self.bpe.decode(&ids))?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
     fn decode_bytes<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyBytes>> {
         let bytes = py.detach(|| self.bpe.decode(&ids))?;
         Ok(PyBytes::new(py, &bytes))
@@ -83,3 +132,18 @@ impl PyBpe {
         PyList::new(py, ids.iter().map(|&id| ints[id as usize].clone_ref(py)))
     }
 }
+
+/// The memory of some numbers as a bytearray, in the machine's byte order.
+fn array<'py, T: Copy + Number>(py: Python<'py>, numbers: &[T]) -> Bound<'py, PyByteArray> {
+    // SAFETY: a slice of integers is that many initialised bytes without padding.
+    let bytes = unsafe {
+        std::slice::from_raw_parts(numbers.as_ptr().cast::<u8>(), std::mem::size_of_val(numbers))
+    };
+    PyByteArray::new(py, bytes)
+}
+
+/// The integers whose memory [`array`] may look at.
+trait Number {}
+impl Number for u16 {}
+impl Number for u32 {}
+impl Number for u64 {}

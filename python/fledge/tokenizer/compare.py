@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fledge.errors import UserError
-from fledge.tokenizer.bpe import Tokenizer
-from fledge.tokenizer.reference import PATTERNS
+from fledge.tokenizer.files import load_tiktoken
+from fledge.tokenizer.reference import pattern_regex
 
 Count = Callable[[str], int]  # text -> number of tokens, special tokens as plain text
 
@@ -173,12 +173,18 @@ def _from_json(path: Path) -> Count:
 
 
 def _from_tiktoken(path: Path, pattern: str) -> Count:
-    known = _FILE_PATTERNS.get(path.stem, pattern)
-    if known not in PATTERNS:
+    try:
+        import tiktoken
+    except ImportError:
         raise UserError(
-            f"{path} needs a split pattern",
-            f"there is none called {known!r}",
-            f"give --pattern one of {', '.join(PATTERNS)}",
-        )
-    ours = Tokenizer.from_tiktoken(path, pattern=known)
-    return ours.count
+            f"{path} cannot be measured",
+            "the package tiktoken is not installed",
+            "pip install tiktoken",
+        ) from None
+    encoding = tiktoken.Encoding(
+        path.stem,
+        pat_str=pattern_regex(_FILE_PATTERNS.get(path.stem, pattern)),
+        mergeable_ranks={token: i for i, token in enumerate(load_tiktoken(path))},
+        special_tokens={},
+    )
+    return lambda text: len(encoding.encode_ordinary(text))

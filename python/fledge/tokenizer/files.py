@@ -15,12 +15,13 @@ import base64
 import json
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from fledge import files
 from fledge.errors import UserError
-from fledge.tokenizer.reference import NUM_BYTES, PATTERNS
+from fledge.tokenizer.reference import CUSTOM, NUM_BYTES, PATTERNS, merge_pair, pattern_regex
 
 MAX_FILE_BYTES = 1 << 28  # a tokenizer.json of a million tokens has about 60 MB
 
@@ -127,7 +128,7 @@ def tokenizer_json(vocabulary: Vocabulary, *, bos: str) -> dict[str, Any]:
             "pretokenizers": [
                 {
                     "type": "Split",
-                    "pattern": {"Regex": PATTERNS[vocabulary.pattern]},
+                    "pattern": {"Regex": pattern_regex(vocabulary.pattern)},
                     "behavior": "Isolated",
                     "invert": False,
                 },
@@ -216,11 +217,70 @@ def _pattern_name(tables: dict[str, Any], path: Path) -> str:
     for name, published in PATTERNS.items():
         if regex == published:
             return name
-    raise UserError(
-        f"{path} splits text by a rule that fledge does not have",
-        f"its pattern is {regex!r}",
-        f"use a tokenizer with one of the patterns {', '.join(PATTERNS)}",
-    )
+    return CUSTOM + regex
+
+
+def load_tiktoken(path: Path) -> list[bytes]:
+    """The tokens of a tiktoken file in the order of their ranks.
+
+    Raises UserError that names the line: no `base64 rank`, a token or rank twice, a gap in the
+    ranks, a byte that is missing.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise _malformed(path, f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise _malformed(path, str(error)) from None
+    tokens: dict[int, bytes] = {}
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank_text = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
+        except ValueError:
+            raise _malformed(path, f"line {number} is not a token in base64 and a rank") from None
+        if not token or rank < 0:
+            raise _malformed(path, f"line {number} has an empty token or a rank below 0")
+        if rank in tokens:
+            raise _malformed(path, f"line {number}: rank {rank} occurs twice")
+        if token in ranks:
+            raise _malformed(path, f"line {number}: {token!r} is token {ranks[token]} already")
+        tokens[rank], ranks[token] = token, rank
+    missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
+    if missing is not None:
+        raise _malformed(path, f"rank {missing} is missing, and there are {len(tokens)} tokens")
+    absent = next((b for b in range(NUM_BYTES) if bytes([b]) not in ranks), None)
+    if absent is not None:
+        raise _malformed(path, f"the byte {absent} is not among its tokens")
+    return [tokens[rank] for rank in range(len(tokens))]
+
+
+def merges_of(tokens: list[bytes], path: Path) -> list[tuple[int, int]]:
+    """The merges that made `tokens`, of a vocabulary that training made: bytes first, in order.
+
+    A token's merge joins the two parts that the earlier merges leave of it. Raises UserError where
+    they leave more, or where the bytes stand in another order (as in OpenAI's own files).
+    """
+    ids: dict[tuple[int, int], int] = {}
+    for i, token in enumerate(tokens):
+        if i < NUM_BYTES:
+            if token != bytes([i]):
+                raise _malformed(path, f"byte {i} does not have the rank {i}, as in ours")
+            continue
+        parts = list(token)
+        while len(parts) > 2:
+            pairs = set(pairwise(parts))
+            best = min(pairs, key=lambda pair: ids.get(pair, i))
+            if best not in ids:
+                break
+            parts = merge_pair(parts, best, ids[best])
+        if len(parts) != 2 or (parts[0], parts[1]) in ids:
+            raise _malformed(path, f"no earlier tokens make token {i}, {token!r}")
+        ids[parts[0], parts[1]] = i
+    return list(ids)
 
 
 def _malformed(path: Path, why: str) -> UserError:

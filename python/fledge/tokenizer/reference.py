@@ -12,8 +12,10 @@ that are newer than it count as punctuation here.
 
 from __future__ import annotations
 
+import array
 import functools
 import heapq
+import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -25,7 +27,7 @@ Pair = tuple[int, int]
 NUM_BYTES = 256
 
 # Published split patterns: Qwen2 (single digits), Llama 3 (up to three), GPT-4's with runs of two
-# digits as nanochat has it, and GPT-4o's (o200k_base), which also cuts where lower case meets upper.
+# digits as nanochat has it, and GPT-4o's (o200k_base), which also cuts where case changes.
 _WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PATTERNS = {
     "qwen2": (
@@ -42,7 +44,8 @@ PATTERNS = {
     ),
     "o200k": (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _WORD_END
-        + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _WORD_END
+        + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        + _WORD_END
         + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }  # fmt: skip
@@ -63,13 +66,26 @@ def _with_marks(regex: str) -> str:
     return re.sub(r"\[[^\]]*\]|\\p\{L\}", add, regex)
 
 
-PATTERNS |= {f"{name}+marks": _with_marks(regex) for name, regex in PATTERNS.items()}
+MARKS = "+marks"
+PATTERNS |= {f"{name}{MARKS}": _with_marks(regex) for name, regex in PATTERNS.items()}
 
 # "regex:" and any regex is a pattern too: matches are pieces, and so is the text between them.
 CUSTOM = "regex:"
 
 # The characters of the Unicode property White_Space. (str.isspace() has four more.)
 WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+
+
+def pattern_regex(pattern: str) -> str:
+    """The regex that a pattern's name stands for. ValueError for an unknown name."""
+    if pattern.startswith(CUSTOM):
+        return pattern.removeprefix(CUSTOM)
+    if pattern in PATTERNS:
+        return PATTERNS[pattern]
+    known = ", ".join(PATTERNS)
+    raise ValueError(
+        f"there is no pattern {pattern!r}; the patterns are {known}, or {CUSTOM} and a regex"
+    )
 
 
 def split(text: str, pattern: str) -> list[str]:
@@ -83,15 +99,7 @@ def split(text: str, pattern: str) -> list[str]:
 @functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     """The regex of a pattern for the standard library's `re`, which lacks \\p{...}."""
-    if pattern.startswith(CUSTOM):
-        regex = pattern.removeprefix(CUSTOM)
-    elif pattern in PATTERNS:
-        regex = PATTERNS[pattern]
-    else:
-        known = ", ".join(PATTERNS)
-        raise ValueError(
-            f"there is no pattern {pattern!r}; the patterns are {known}, or {CUSTOM} and a regex"
-        )
+    regex = pattern_regex(pattern)
 
     def expand(match: re.Match[str]) -> str:
         in_class = match.group().startswith("[")
@@ -254,6 +262,27 @@ class Bpe:
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
         """The ids of each text; `threads` changes nothing here."""
         return [self.encode(text) for text in texts]
+
+    def encode_array(self, text: str, *, wide: bool) -> bytes:
+        """The ids of `text` as the bytes of an array of uint32, or of uint16 if not `wide`."""
+        return array.array("I" if wide else "H", self.encode(text)).tobytes()
+
+    def encode_batch_array(
+        self, texts: Sequence[str], threads: int | None = None, *, wide: bool
+    ) -> tuple[bytes, bytes]:
+        """All ids as one such array, and uint64 where each text begins and the last ends."""
+        each = [self.encode(text) for text in texts]
+        ids = array.array("I" if wide else "H", itertools.chain.from_iterable(each))
+        ends = array.array("Q", itertools.accumulate(map(len, each), initial=0))
+        return ids.tobytes(), ends.tobytes()
+
+    def count(self, text: str) -> int:
+        """How many ids `text` has."""
+        return len(self.encode(text))
+
+    def decode_array(self, ids: bytes) -> bytes:
+        """`decode_bytes` of an array of uint32 given by its bytes."""
+        return self.decode_bytes(array.array("I", ids))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes that `ids` stand for; they may end inside a character."""
