@@ -50,9 +50,7 @@ class Counter:
         progress: Progress | None = None,
         total_bytes: int | None = None,
     ) -> None: ...
-    def add_file(
-        self, path: str | PathLike[str], *, progress: Progress | None = None
-    ) -> None:
+    def add_file(self, path: str | PathLike[str], *, progress: Progress | None = None) -> None:
         """Counts a file of UTF-8 as one text. Raises OSError."""
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the counts, whole or not at all. The same counts give the same file."""

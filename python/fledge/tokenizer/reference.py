@@ -25,7 +25,7 @@ Pair = tuple[int, int]
 NUM_BYTES = 256
 
 # Published split patterns: Qwen2 (single digits), Llama 3 (up to three), GPT-4's with runs of two
-# digits as nanochat has it, and GPT-4o's (o200k_base), which also cuts where lower case meets upper.
+# digits as nanochat has it, and GPT-4o's (o200k_base), which also cuts before an upper-case letter.
 _WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PATTERNS = {
     "qwen2": (
@@ -41,11 +41,13 @@ PATTERNS = {
         r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
     ),
     "o200k": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _WORD_END
-        + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _WORD_END
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        + _WORD_END
+        + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        + _WORD_END
         + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
-}  # fmt: skip
+}
 
 
 def _with_marks(regex: str) -> str:
