@@ -102,7 +102,7 @@ mod swar {
             let between = |first: u8, last: u8| from(first) & !from(last + 1) & narrow;
             let equal = |b: u8| between(b, b);
             let at = |mask: u64| gather(mask) << (8 * i);
-            let folded = low | ONES * 0x20;
+            let folded = low | (ONES * 0x20);
             let from = |first: u8| folded + ONES * u64::from(0x80 - first);
             masks.letter |= at(from(b'a') & !from(b'z' + 1) & narrow);
             masks.number |= at(between(b'0', b'9'));
