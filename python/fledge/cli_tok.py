@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,19 +36,50 @@ def tok(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> int:
-    parser = Parser("tok train", "learn a tokenizer from text")
+    parser = Parser(
+        "tok train",
+        "learn a tokenizer from text; stopped (Ctrl-C, kill) and run again, it goes on",
+    )
     parser.add_argument("text", type=Path, nargs="+", help="files or folders of text")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=32768, help="a multiple of 128")
-    parser.add_argument("--pattern", choices=PATTERNS, default="qwen2")
+    parser.add_argument(
+        "--pattern", default="qwen2",
+        help=f"how text is split: {', '.join(PATTERNS)}, or regex:REGEX (slower); default qwen2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--marks", choices=("letters",),
+        help="combining marks count as letters: keeps words of Hindi, Tamil, Thai whole",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=positive, help="default: all cores")
     args = parser.parse_args(words)
-    from fledge.tokenizer import Tokenizer
+    from fledge.progress import Progress
+    from fledge.tokenizer.training import Shard, train_from_shards
 
-    texts = (text for file in _files(args.text) for _, text in _documents(file))
-    tokenizer = Tokenizer.train(texts, vocab_size=args.vocab_size, pattern=args.pattern)
-    tokenizer.save(args.out)
+    shards = [Shard(str(file.path), file.path, _reader(file)) for file in _files(args.text)]
+    stages = {"count": "bytes", "merge": "merges"}
+    with Progress() as progress:
+
+        def report(phase: str, done: float, total: float) -> None:
+            if phase in stages:
+                progress.stage(phase, total, stages.pop(phase))
+            progress.update(done)
+
+        tokenizer = train_from_shards(
+            shards,
+            args.out,
+            vocab_size=args.vocab_size,
+            pattern=args.pattern + ("+marks" if args.marks else ""),
+            threads=args.threads,
+            report=report,
+            note=progress.note,
+        )
     print(f"{tokenizer.vocab_size:,} tokens written to {args.out}")
     return EXIT_DONE
+
+
+def _reader(file: SourceFile) -> Callable[[], Iterator[str]]:
+    return lambda: (text for _, text in _documents(file))
 
 
 def _eval(words: list[str]) -> int:
@@ -64,7 +95,7 @@ def _eval(words: list[str]) -> int:
         help="also measure this tokenizer.json or .tiktoken file (may be given again)",
     )  # fmt: skip
     parser.add_argument(
-        "--pattern", choices=PATTERNS, default="llama3",
+        "--pattern", default="llama3",
         help="how a .tiktoken file of unknown name splits (default llama3, which is GPT-4's)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -18,7 +18,7 @@ def test_rows_of_a_small_run() -> None:
     assert all(set(row) == keys and row["value"] > 0 for row in rows)
     names = {row["name"].partition(",")[0] for row in rows}
     assert {"train 0.02 MB to 384", "document", "loop", "batch", "decode", "hostile"} <= names
-    beside = [row for row in rows if row["peer"] is not None]
+    beside = [row for row in rows if row["ratio"] is not None]
     assert beside, "tiktoken and tokenizers are development dependencies"
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in beside)
     assert tok.table(rows).count("\n") == len(rows) + 1
@@ -35,6 +35,12 @@ def test_ratio_above_one_means_better() -> None:
     faster = tok.row("train", "s", "peer", found, "s", less_is_better=True)
     assert (faster["ratio"], faster["low"], faster["high"]) == (3.0, 2.0, 4.0)
     assert tok.row("encode", "MB/s", "peer", found, "s")["ratio"] == 0.375
+
+
+def test_a_peer_that_gives_up_has_no_ratio() -> None:
+    found = {"fledge": [{"s": 1.0}], "peer": [{"s": 0.0}]}
+    row = tok.row("hostile", "MB/s", "peer", found, "s")
+    assert row["ratio"] is None and "gives up" in tok.table([row])
 
 
 def test_no_text_is_a_users_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -140,13 +142,68 @@ def test_user_errors():
 def test_without_the_rust_module_the_reference_takes_over(tok, texts, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fledge._bpe", None)
     monkeypatch.delattr("fledge._bpe", raising=False)
-    bpe._engine.cache_clear()
+    bpe.engine.cache_clear()
     try:
         slow = Tokenizer.train(texts * 3, vocab_size=768)
         Tokenizer.train(texts, vocab_size=300)
     finally:
-        bpe._engine.cache_clear()
+        bpe.engine.cache_clear()
     assert isinstance(slow._bpe, reference.Bpe)
     assert capsys.readouterr().err.count("not built") == 1
     assert slow.merges == tok.merges
     assert [slow.encode(t) for t in texts] == [tok.encode(t) for t in texts]
+
+
+@pytest.mark.parametrize("vocab_size", [384, 70_016])
+def test_arrays_hold_the_same_ids(texts, vocab_size):
+    np = pytest.importorskip("numpy")
+    tok = Tokenizer.train(texts, vocab_size=vocab_size)
+    kind = np.uint16 if vocab_size <= 65536 else np.uint32
+    texts = [*texts, "", "\ud800 lone"]
+    for text in texts:
+        ids = tok.encode_to_numpy(text)
+        assert ids.dtype == kind and ids.tolist() == tok.encode(text)
+        assert tok.count(text) == len(ids)
+        assert tok.decode(ids) == tok.decode(ids.tolist())
+    for threads in (1, 3):
+        flat, offsets = tok.encode_to_numpy(texts, threads=threads)
+        parts = [flat[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())]
+        assert flat.dtype == kind and parts == tok.encode_batch(texts)
+    with_special = np.array([tok.bos_id, 104, tok.eos_id])
+    assert tok.decode(with_special) == "<|bos|>h<|assistant_end|>"
+
+
+@given(st.text())
+def test_the_decoder_equals_decode_and_gives_whole_characters(text):
+    tok = _small()
+    ids = [tok.bos_id, *tok.encode(text), 0xE4, 0xB8]  # ends inside a character
+    decoder = tok.decoder()
+    given_out = [decoder.push(i) for i in ids]
+    assert "".join(given_out) + decoder.finish() == tok.decode(ids)
+    assert decoder.push(0xE4) == "" and decoder.finish() == "\ufffd"
+    assert "\ufffd" in text or not any("\ufffd" in part for part in given_out)
+
+
+@functools.cache
+def _small() -> Tokenizer:
+    return Tokenizer.train(["the small tokenizer of one test"], vocab_size=384)
+
+
+def test_decode_errors_and_ids_that_are_none():
+    tok = _small()
+    assert tok.decode([0xE4, 104], errors="ignore") == "h"
+    with pytest.raises(UnicodeDecodeError):
+        tok.decode([0xE4], errors="strict")
+    for bad in ([-1], [tok.vocab_size], [2**40]):
+        with pytest.raises(ValueError, match="token"):
+            tok.decode(bad)
+
+
+@pytest.mark.parametrize(
+    "text", ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0e01\u0e33\u0e25\u0e31\u0e07"]
+)
+def test_marks_as_letters_keep_words_whole(text):
+    tok = Tokenizer.train([text * 3 + " x"], vocab_size=512, marks="letters")
+    assert tok.pattern == "qwen2+marks"
+    assert bpe.engine().split(f"{text} {text}", tok.pattern) == [text, " " + text]
+    assert len(bpe.engine().split(text, "qwen2")) > 1

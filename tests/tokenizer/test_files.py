@@ -65,7 +65,7 @@ BROKEN = {
     "a gap in the special ids": (("added_tokens", 3, "id"), 5),
     "no model": (("model",), None),
     "another model": (("model", "type"), "Unigram"),
-    "another split": (("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"), r"\w+"),
+    "another split": (("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"), r"(\w+"),
 }
 
 
@@ -110,3 +110,45 @@ def test_unwritable_place_is_a_user_error(tok, tmp_path):
     with pytest.raises(UserError):
         tok.save(tmp_path / "file" / "tokenizer")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_custom_pattern_is_kept(texts, tmp_path):
+    tok = Tokenizer.train(texts, vocab_size=400, pattern=r"regex:\w+|\s")
+    tok.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.pattern == tok.pattern
+    assert [again.encode(t) for t in texts] == [tok.encode(t) for t in texts]
+
+
+def test_the_tiktoken_file_is_read_back(tok, texts, tmp_path):
+    tok.save(tmp_path)
+    again = Tokenizer.from_tiktoken(tmp_path / "vocab.tiktoken", tok.pattern)
+    assert again.merges == tok.merges
+    assert [again.encode(t) for t in texts] == [tok.encode(t) for t in texts]
+
+
+TIKTOKEN = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "byte 0 is not among"),
+        (TIKTOKEN[:-1], "byte 255 is not among"),
+        ([*TIKTOKEN, "YWI= 255"], "line 257: rank 255 occurs twice"),
+        ([*TIKTOKEN, "AA== 256"], "line 257: .* is token 0 already"),
+        ([*TIKTOKEN, "YWI= 300"], "rank 256 is missing"),
+        ([*TIKTOKEN, "YWI="], "line 257 is not"),
+        ([*TIKTOKEN, "?? 256"], "line 257 is not"),
+        ([*TIKTOKEN, "YWI= x"], "line 257 is not"),
+        ([*TIKTOKEN, "YWI= -1"], "line 257 has"),
+        ([*TIKTOKEN, "YWJj 256"], "no earlier tokens make token 256"),
+        ([TIKTOKEN[0].replace(" 0", " 1"), TIKTOKEN[1].replace(" 1", " 0"), *TIKTOKEN[2:]],
+         "byte 0 does not have"),
+    ],
+)  # fmt: skip
+def test_malformed_tiktoken_files_are_refused(tmp_path, lines, message):
+    path = tmp_path / "vocab.tiktoken"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        Tokenizer.from_tiktoken(path, "qwen2")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -124,7 +125,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for result in rows:
         ours, theirs = (shown(result[key], result["unit"]) for key in ("value", "peer_value"))
         ratio = "-"
-        if result["peer"] is not None:
+        if result["ratio"] is not None:
             ratio = f"**{result['ratio']:.2f}** [{result['low']:.2f}, {result['high']:.2f}]"
         lines.append(
             f"| {result['name']} | {ours} | {result['peer'] or '-'} | {theirs} | {ratio} |"
@@ -136,6 +137,8 @@ def shown(value: float | None, unit: str) -> str:
     """A value with its unit, bytes as MB."""
     if value is None:
         return "-"
+    if value == 0:
+        return "gives up"
     if unit == "bytes":
         return f"{value / MB:.0f} MB"
     return f"{value:.2f} {unit}" if value < 100 else f"{value:.0f} {unit}"
@@ -254,14 +257,18 @@ def row(
     """One result; `ratio` above 1 means that fledge is better."""
     ours = [result[key] for result in found["fledge"]]
     theirs = [result[key] for result in found[peer]]
-    pairs = zip(ours, theirs, strict=True)
-    ratios = [t / o if less_is_better else o / t for o, t in pairs]
-    return {
+    result = {
         "name": name,
         "value": statistics.median(ours),
         "unit": unit,
         "peer": peer,
         "peer_value": statistics.median(theirs),
+    }
+    if not all(theirs):  # a rate of 0: the peer gave up on that text
+        return result | dict.fromkeys(("ratio", "low", "high"))
+    pairs = zip(ours, theirs, strict=True)
+    ratios = [t / o if less_is_better else o / t for o, t in pairs]
+    return result | {
         "ratio": statistics.median(ratios),
         "low": min(ratios),
         "high": max(ratios),
@@ -307,7 +314,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         encode = forms.get("numpy") or forms["list"]
         rates = {}
         for kind, text in zip(job["kinds"], texts, strict=True):
-            rates[kind] = len(text.encode()) / MB / seconds_of(lambda text=text: encode(text))
+            try:
+                seconds = seconds_of(lambda text=text: encode(text))
+            except Exception:  # a peer that gives up on such text; ours must not
+                if job["name"] == "fledge":
+                    raise
+                seconds = math.inf
+            rates[kind] = len(text.encode()) / MB / seconds
         return {"rates": rates}
     documents = read_documents(folder / "held_out.json")
     return {"rates": RATES[job["what"]](forms, documents)}

@@ -107,7 +107,11 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """The tokenizer of a folder with tokenizer.json; UserError where it is not one of ours."""
-        return cls(files.load(Path(path)))
+        vocabulary = files.load(Path(path))
+        try:
+            return cls(vocabulary)
+        except ValueError as error:  # a regex that this engine does not know, above all
+            raise files.malformed(Path(path) / "tokenizer.json", str(error)) from None
 
     @classmethod
     def from_tiktoken(

@@ -165,7 +165,7 @@ def load(folder: Path) -> Vocabulary:
     path = folder / "tokenizer.json"
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise _malformed(path, f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+            raise malformed(path, f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
         tables = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
@@ -174,36 +174,36 @@ def load(folder: Path) -> Vocabulary:
             "give the folder of a run's tokenizer or of a checkpoint",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise _malformed(path, str(error)) from None
+        raise malformed(path, str(error)) from None
     try:
         return _vocabulary_from_json(tables, path)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise _malformed(path, f"missing or misplaced {error}") from None
+        raise malformed(path, f"missing or misplaced {error}") from None
 
 
 def _vocabulary_from_json(tables: dict[str, Any], path: Path) -> Vocabulary:
     model = tables["model"]
     vocab: dict[str, int] = model["vocab"]
     if model["type"] != "BPE" or sorted(vocab.values()) != list(range(len(vocab))):
-        raise _malformed(path, "model.vocab is not a BPE vocabulary with ids from 0 without gaps")
+        raise malformed(path, "model.vocab is not a BPE vocabulary with ids from 0 without gaps")
     characters = byte_characters()
     for byte, character in enumerate(characters):
         if vocab.get(character) != byte:
-            raise _malformed(path, f"byte {byte} does not have the id {byte}")
+            raise malformed(path, f"byte {byte} does not have the id {byte}")
     merges = []
     for i, merge in enumerate(model["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         new = NUM_BYTES + i
         if not (vocab.get(left, new) < new and vocab.get(right, new) < new):
-            raise _malformed(path, f"merge {i} {merge!r} uses a token that comes later or never")
+            raise malformed(path, f"merge {i} {merge!r} uses a token that comes later or never")
         if vocab.get(left + right) != new:
-            raise _malformed(path, f"merge {i} {merge!r} does not make token {new}")
+            raise malformed(path, f"merge {i} {merge!r} does not make token {new}")
         merges.append((vocab[left], vocab[right]))
     if len(vocab) != NUM_BYTES + len(merges):
-        raise _malformed(path, f"{len(vocab)} tokens do not fit {len(merges)} merges")
+        raise malformed(path, f"{len(vocab)} tokens do not fit {len(merges)} merges")
     added = sorted((token["id"], token["content"]) for token in tables["added_tokens"])
     if [i for i, _ in added] != list(range(len(vocab), len(vocab) + len(added))):
-        raise _malformed(path, "the ids of added_tokens do not follow those of the vocabulary")
+        raise malformed(path, "the ids of added_tokens do not follow those of the vocabulary")
     special = [text for _, text in added]
     while special and special[0] == f"<|reserved_{len(added) - len(special)}|>":
         del special[0]
@@ -228,10 +228,10 @@ def load_tiktoken(path: Path) -> list[bytes]:
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise _malformed(path, f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+            raise malformed(path, f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise _malformed(path, str(error)) from None
+        raise malformed(path, str(error)) from None
     tokens: dict[int, bytes] = {}
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
@@ -241,20 +241,20 @@ def load_tiktoken(path: Path) -> list[bytes]:
             encoded, rank_text = line.split()
             token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
         except ValueError:
-            raise _malformed(path, f"line {number} is not a token in base64 and a rank") from None
+            raise malformed(path, f"line {number} is not a token in base64 and a rank") from None
         if not token or rank < 0:
-            raise _malformed(path, f"line {number} has an empty token or a rank below 0")
+            raise malformed(path, f"line {number} has an empty token or a rank below 0")
         if rank in tokens:
-            raise _malformed(path, f"line {number}: rank {rank} occurs twice")
+            raise malformed(path, f"line {number}: rank {rank} occurs twice")
         if token in ranks:
-            raise _malformed(path, f"line {number}: {token!r} is token {ranks[token]} already")
+            raise malformed(path, f"line {number}: {token!r} is token {ranks[token]} already")
         tokens[rank], ranks[token] = token, rank
     missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
     if missing is not None:
-        raise _malformed(path, f"rank {missing} is missing, and there are {len(tokens)} tokens")
+        raise malformed(path, f"rank {missing} is missing, and there are {len(tokens)} tokens")
     absent = next((b for b in range(NUM_BYTES) if bytes([b]) not in ranks), None)
     if absent is not None:
-        raise _malformed(path, f"the byte {absent} is not among its tokens")
+        raise malformed(path, f"the byte {absent} is not among its tokens")
     return [tokens[rank] for rank in range(len(tokens))]
 
 
@@ -268,7 +268,7 @@ def merges_of(tokens: list[bytes], path: Path) -> list[tuple[int, int]]:
     for i, token in enumerate(tokens):
         if i < NUM_BYTES:
             if token != bytes([i]):
-                raise _malformed(path, f"byte {i} does not have the rank {i}, as in ours")
+                raise malformed(path, f"byte {i} does not have the rank {i}, as in ours")
             continue
         parts = list(token)
         while len(parts) > 2:
@@ -278,12 +278,13 @@ def merges_of(tokens: list[bytes], path: Path) -> list[tuple[int, int]]:
                 break
             parts = merge_pair(parts, best, ids[best])
         if len(parts) != 2 or (parts[0], parts[1]) in ids:
-            raise _malformed(path, f"no earlier tokens make token {i}, {token!r}")
+            raise malformed(path, f"no earlier tokens make token {i}, {token!r}")
         ids[parts[0], parts[1]] = i
     return list(ids)
 
 
-def _malformed(path: Path, why: str) -> UserError:
+def malformed(path: Path, why: str) -> UserError:
+    """The error for a file of a tokenizer that cannot be one."""
     return UserError(
         f"{path} is not a tokenizer that fledge can load",
         why,
