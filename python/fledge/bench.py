@@ -18,6 +18,10 @@ from statistics import median
 from typing import Any
 
 from fledge.plan import hardware
+from fledge.sandbox import arithmetic, layers, selftest
+from fledge.sandbox.interpreter import Interpreter
+from fledge.sandbox.layers import SUM
+from fledge.sandbox.process import CPython
 from fledge.stats import bootstrap_interval
 
 
@@ -71,16 +75,11 @@ def results_text(measured: dict[str, Any]) -> str:
 
 # -- sandbox ---------------------------------------------------------------------------------------
 
-SUM = "(347+58)*3"
 THREADS = 8
 
 
 def sandbox() -> tuple[list[Row], list[str]]:
     """Latency of each layer that holds here, and runs a second of L2 from several threads."""
-    from fledge.sandbox import arithmetic, layers, selftest
-    from fledge.sandbox.interpreter import Interpreter
-    from fledge.sandbox.process import CPython
-
     rows: list[Row] = []
     notes: list[str] = []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -160,6 +162,32 @@ def test_closing_ends_the_workers_and_a_later_run_starts_new_ones() -> None:
     assert interpreter.run("1 + 2").text == "3"
     interpreter.close()
     interpreter.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_worker_is_an_error_and_a_fresh_one(how: signal.Signals) -> None:
+    before = _children()
+    seconds = 60.0 if how == signal.SIGKILL else 0.2  # a stopped one is given up after 2 s + 3
+    with Interpreter(Limits(seconds=seconds), workers=1) as interpreter:
+        assert interpreter.why_unavailable() is None
+        (worker,) = _children() - before
+        if how == signal.SIGSTOP:
+            os.kill(int(worker), how)
+        with ThreadPoolExecutor(1) as threads:
+            running = threads.submit(interpreter.run, "while True: pass")
+            while how == signal.SIGKILL and not _is_busy(worker):
+                pass
+            os.kill(int(worker), how)
+            result = running.result(timeout=60)
+        assert not result.ok and result.error
+        assert interpreter.run("6 * 7").text == "42"
+        assert worker not in _children()
+
+
+def _is_busy(worker: str) -> bool:
+    """Whether the worker has computed for a tenth of a second."""
+    fields = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12]) >= os.sysconf("SC_CLK_TCK") / 10
 
 
 def _children() -> set[str]:
