@@ -61,7 +61,7 @@ def test_help_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "verb",
     [
-        *("plan", "doctor", "eval", "chat", "report", "data", "tok"),
+        *("plan", "doctor", "eval", "chat", "report", "bench", "data", "tok"),
         *("data list", "data make", "data check", "data stats"),
         *("tok train", "tok eval", "tok encode", "tok decode"),
     ],
@@ -266,8 +266,12 @@ def test_doctor_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     found = json.loads(out)
     assert {"tier", "will_use", "missing", "rust_extension", "hardware"} <= set(found)
+    assert [layer["name"] for layer in found["sandbox"]] == ["L0", "L1", "L2"]
+    for layer in found["sandbox"]:
+        assert (layer["median_ms"] is not None) is layer["holds"] is (layer["why"] is None)
     code, out, _ = call(capsys, "doctor")
     assert code == 0 and "will use" in out and "missing" in out
+    assert "L0 calculator: holds" in out
 
 
 def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

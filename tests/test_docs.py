@@ -19,7 +19,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"[\w./-]+\.(?:py|md|toml|lock|jinja|rs)")
 # names of what the design plans or of what a run writes, which no clone holds
-NOT_IN_THE_TREE = {"report.md", "samples.md", "sandbox/process.py", "resolved.json"}
+NOT_IN_THE_TREE = {"report.md", "samples.md", "resolved.json"}
 NOT_IN_THE_TREE |= {"mine.toml", "recipe.toml", "modeling_fledge.py"}
 
 

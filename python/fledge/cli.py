@@ -403,6 +403,22 @@ def verb_chat(words: list[str]) -> int:
     return chat.talk(args.model, settings)
 
 
+def verb_bench(words: list[str]) -> int:
+    """`fledge bench`: measure this machine."""
+    from fledge import bench
+
+    parser = Parser("bench", VERBS["bench"].summary)
+    parser.add_argument("what", choices=sorted(bench.BENCHES), help="what to measure")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    args = parser.parse_args(words)
+    measured = bench.measure(args.what)
+    if args.json:
+        _print_json(measured)
+    else:
+        print(bench.results_text(measured), end="")
+    return EXIT_DONE
+
+
 def verb_report(words: list[str]) -> int:
     """`fledge report`: render the report again, or two runs side by side."""
     parser = Parser("report", VERBS["report"].summary)
@@ -496,4 +512,5 @@ VERBS: dict[str, Verb] = {
     ),
     "chat": Verb(verb_chat, "MODEL [-p PROMPT]", "talk to a model"),
     "report": Verb(verb_report, "RUN [RUN2]", "render the report again; two runs side by side"),
+    "bench": Verb(verb_bench, "sandbox [--json]", "measure this machine, each figure with a peer"),
 }

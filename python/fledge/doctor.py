@@ -1,7 +1,7 @@
 """What this machine has for fledge, what will be used, what is missing and how to get it.
 
-Called by `fledge doctor`. Looks at files, metadata and nvidia-smi only: it imports neither torch
-nor anything that must be compiled, so it answers at once, also on a half-installed machine.
+Called by `fledge doctor`. Looks at files, metadata and nvidia-smi, and tries the sandbox layers
+(about a second). It never imports torch and works on a half-installed machine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import fledge
 from fledge.plan import hardware
+from fledge.sandbox import layers
 
 _NEEDED = {
     "torch": "pip install torch (2.13.0+cpu where there is no GPU)",
@@ -56,6 +57,7 @@ def examine() -> dict[str, Any]:
         "measured": (home / "machine.json").is_file(),
         "rust_extension": rust,
         "packages": versions,
+        "sandbox": [layer.to_dict() for layer in layers.examine()],
     }
     return found | {"will_use": _will_use(found), "missing": _missing(found)}
 
@@ -90,12 +92,16 @@ def _will_use(found: dict[str, Any]) -> list[str]:
         if found["rust_extension"]
         else "the tokenizer in plain Python (slow, same results)",
         "Monty for the model's Python"
-        if found["packages"]["pydantic-monty"]
+        if _holds(found, "L1")
         else "the calculator only, no Python for the model",
     ]
     if machine["device"] == "cuda" and "+cpu" in (found["packages"]["torch"] or ""):
         uses[0] = "the CPU: torch is installed without CUDA"
     return uses
+
+
+def _holds(found: dict[str, Any], layer: str) -> bool:
+    return any(s["name"] == layer and s["holds"] for s in found["sandbox"])
 
 
 def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
@@ -142,6 +148,13 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
     return missing
 
 
+def _layer_line(layer: dict[str, Any]) -> str:
+    name = f"{layer['name']} {layer['what']}"
+    if not layer["holds"]:
+        return f"{name}: off; {layer['why']}"
+    return f"{name}: holds; {layer['median_ms']:.2g} ms a call"
+
+
 def findings_text(found: dict[str, Any]) -> str:
     """The findings for people."""
     machine = found["hardware"]
@@ -154,6 +167,9 @@ def findings_text(found: dict[str, Any]) -> str:
         f"  packages  {packages}",
         f"  home      {found['fledge_home']}",
         f"  data      {found['data_root'] or 'FLEDGE_DATA is not set (only real tasks need it)'}",
+        "",
+        "sandbox",
+        *(f"  {_layer_line(layer)}" for layer in found["sandbox"]),
         "",
         "will use",
         *(f"  {line}" for line in found["will_use"]),

@@ -11,6 +11,7 @@ import pytest
 
 from fledge.engine.tools import Tool, Tools, check_arguments
 from fledge.sandbox.interpreter import Interpreter, Limits
+from fledge.sandbox.process import CPython
 
 WEATHER = {
     "type": "object",
@@ -132,6 +133,20 @@ def test_a_missing_interpreter_is_said_and_the_calculator_goes_on(
         assert tools.run("6*7").text == "42"
         result = tools.run("x = 1")
         assert not result.ok and "pydantic-monty" in result.text
+
+
+def test_the_operator_may_choose_cpython_and_the_model_may_not(tools: Tools) -> None:
+    for code in (
+        'CPython({"seconds": 9})',
+        "import fledge.sandbox.process",
+        "from fledge.engine.tools import Tools\nTools(interpreter=None)",
+    ):
+        assert not tools.run(code).ok
+    with Tools(interpreter=CPython(workers=1)) as powerful:
+        assert powerful.run("(347+58)*3").text == "1215"
+        result = powerful.run("import sys\nsys.implementation.name")
+        assert result.text == "cpython" or "unavailable: " in result.text
+        assert not powerful.run("open('/etc/passwd').read()").ok
 
 
 def test_check_arguments_wants_an_object() -> None:

@@ -3,7 +3,9 @@
 The engine (`fledge.engine.engine`) pauses a row at the end of a python part, calls `Tools.run` with
 the part's text and forces `result.text` back between output_start and output_end. The default tool
 is Python: a single arithmetic expression goes to the calculator (L0), everything else to the Monty
-interpreter (L1). A further tool is called by a python part `NAME(<JSON object>)` and registered so:
+interpreter (L1), or to what the operator's code hands in as `interpreter`, such as
+`sandbox.process.CPython()` (L2). A further tool is called by a python part `NAME(<JSON object>)`
+and registered so:
 
     def weather(city: str) -> str:
         return "sunny in " + city
@@ -46,7 +48,7 @@ from typing import Any
 from fledge.sandbox import arithmetic
 from fledge.sandbox.arithmetic import NotArithmetic
 from fledge.sandbox.interpreter import Interpreter, InterpreterState
-from fledge.sandbox.result import ToolError, ToolResult, shorten
+from fledge.sandbox.result import Python, ToolError, ToolResult, shorten
 
 __all__ = ["Tool", "ToolError", "ToolResult", "ToolState", "Tools"]
 
@@ -88,11 +90,11 @@ class Tools:
         self,
         extra: Iterable[Tool] = (),
         *,
-        interpreter: Interpreter | None = None,
+        interpreter: Python | None = None,
         max_chars: int = MAX_RESULT_CHARS,
     ) -> None:
         self._tools: dict[str, Tool] = {}
-        self._interpreter = interpreter or Interpreter()
+        self._interpreter: Python = interpreter or Interpreter()
         self.max_chars = max_chars
         for tool in extra:
             self.register(tool)

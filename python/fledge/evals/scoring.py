@@ -92,6 +92,9 @@ def score_task(
     correct = sum(r["correct"] for r in records)
     low, high = wilson_interval(correct, len(records))
     too_long = len(items) - len(fits)
+    notes = [note] if (note := getattr(task, "note", None)) else []  # how it was examined
+    if too_long:
+        notes.append(f"{too_long} prompts longer than {limit} tokens count as wrong")
     return TaskResult(
         name=task.name,
         value=correct / len(records) if records else 0.0,
@@ -101,7 +104,7 @@ def score_task(
         chance=task.chance,
         seconds=time.perf_counter() - began,
         records=records,
-        note=f"{too_long} prompts longer than {limit} tokens count as wrong" if too_long else None,
+        note="; ".join(notes) or None,
     )
 
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any
 
+from fledge.sandbox import selftest
 from fledge.sandbox.arithmetic import format_value
 from fledge.sandbox.result import ToolError, ToolResult, shorten
 
@@ -71,7 +73,11 @@ class Interpreter:
         self.close()
 
     def why_unavailable(self) -> str | None:
-        """None if code can be run here, else the sentence that says why not and what helps."""
+        """None if code can be run here, else the sentence that says why not and what helps.
+
+        The first workers are put to the canary attacks of `selftest`; one that comes through
+        switches the layer off for good.
+        """
         self._start()
         return self._unavailable
 
@@ -91,8 +97,14 @@ class Interpreter:
         """
         started = time.perf_counter()
         pool = self._start()
-        if pool is None or self._monty is None:
+        if pool is None:
             return _failed(f"unavailable: {self._unavailable}", started)
+        return self._run(pool, code, state, started)
+
+    def _run(
+        self, pool: Any, code: str, state: InterpreterState | None, started: float
+    ) -> ToolResult:
+        assert self._monty is not None
         if len(code) > self.limits.code_chars:
             return _failed(f"the code is longer than {self.limits.code_chars} characters", started)
         output = _Output(self.limits.output_chars)
@@ -121,7 +133,7 @@ class Interpreter:
             session.load_session(state.dump)
         error = None
         try:
-            value = session.feed_run(code, print_callback=output.take)
+            value = self._value_of(session, code, output)
             if value is not None:
                 output.take("stdout", format_result(value, self.limits.output_chars) + "\n")
         except (self._monty.MontyRuntimeError, self._monty.MontySyntaxError) as problem:
@@ -139,6 +151,25 @@ class Interpreter:
             if len(dump) <= self.limits.state_bytes:
                 state.dump = dump
         return error
+
+    def _value_of(self, session: Any, code: str, output: _Output) -> int | float | str | None:
+        """Runs `code`; a last expression's value, as text unless it is a number.
+
+        Monty would hand the value itself over, and a dict whose keys collide takes this process
+        minutes to build. So the value is kept in a variable and turned into text in the sandbox.
+        """
+        assert self._monty is not None
+        for program in keeping_last_value(code):
+            output.started = False
+            try:
+                session.feed_run(program, print_callback=output.take)
+            except self._monty.MontySyntaxError:
+                if output.started:  # its own, from eval
+                    raise
+                continue
+            return session.feed_run(_TAKE_VALUE.format(most=self.limits.output_chars + 1))
+        session.feed_run(code + "\nNone", print_callback=output.take)
+        return None
 
     def _checkout_options(self) -> dict[str, Any]:
         assert self._monty is not None
@@ -180,6 +211,12 @@ class Interpreter:
             except (OSError, RuntimeError, monty.MontyError) as problem:
                 self._unavailable = f"the workers of pydantic-monty do not start: {problem}"
                 return None
+            self._unavailable = selftest.check_interpreter(
+                lambda code: self._run(pool, code, None, time.perf_counter())
+            )
+            if self._unavailable is not None:
+                pool.__exit__(None, None, None)
+                return None
             self._pool = pool
             return pool
 
@@ -198,6 +235,7 @@ class _Output:
         self.parts: list[tuple[str, str]] = []
         self.seen = 0
         self.flooded = False
+        self.started = False  # the program was accepted
 
     @property
     def truncated(self) -> bool:
@@ -205,6 +243,8 @@ class _Output:
 
     def take(self, stream: str, text: str) -> None:
         """The print callback: keeps what still fits."""
+        if not self.started and _MARK in text:
+            self.started, text = True, text.replace(_MARK, "", 1).removeprefix("\n")
         room = self.max_chars - self.seen
         self.seen += len(text)
         if room > 0:
@@ -217,12 +257,39 @@ class _Output:
         return "".join(text for name, text in self.parts if name == stream)
 
 
+_VALUE = "_fledge_value"
+_MARK = "\0fledge: parsed"
+MAX_SPLITS = 12
+_TAKE_VALUE = (
+    f"[{_VALUE} if type({_VALUE}) in (int, float, bool, type(None)) else "
+    f"({_VALUE} if isinstance({_VALUE}, str) else repr({_VALUE}))[:{{most}}], "
+    f"({_VALUE} := None)][0]"
+)
+
+
+def keeping_last_value(code: str) -> Iterator[str]:
+    """`code` with its last expression assigned to a variable, cut at ever earlier places.
+
+    Only the right cut is a program: the others leave a bracket or string open, or put a statement
+    where none may be, so Monty refuses them before anything runs. Without a last expression none
+    is. Each prints _MARK first, which shows that it was accepted.
+    """
+    ends = [m.start() for m in _STATEMENT.finditer(code)][-MAX_SPLITS:]
+    for start in reversed(ends):
+        separator = code[start - 1 : start]
+        # "if 1:" cannot stand inside brackets, where a bare assignment would be a keyword argument
+        begin = "" if separator == ";" else "if 1: "
+        yield f"print({_MARK!r})\n{code[:start]}{begin}{_VALUE} = ({code[start:]}\n)"
+
+
+# where a statement may begin: a line's first column, or after a semicolon
+_STATEMENT = re.compile(r"^(?=[^\s#)\]}])|(?<=;)(?=.)", re.MULTILINE)
+
+
 def format_result(value: Any, max_chars: int) -> str:
     """A last expression's value as text of at most `max_chars` characters.
 
-    Numbers look as the calculator shows them and a string stands for itself. Inside containers it
-    is Python's repr, written by hand with a budget: a value that crossed from the sandbox may share
-    its parts, and the plain repr of such a value can be astronomically long.
+    Numbers look as the calculator shows them, a string stands for itself, the rest is its repr.
     """
     if isinstance(value, str):
         return shorten(value, max_chars)
@@ -231,42 +298,7 @@ def format_result(value: Any, max_chars: int) -> str:
             return shorten(format_value(value), max_chars)
         except ToolError:  # inf and nan, which the calculator never shows
             return repr(value)
-    pieces: list[str] = []
-    _write(value, pieces.append, [max_chars], depth=0)
-    return shorten("".join(pieces), max_chars)
-
-
-def _write(value: Any, write: Callable[[str], None], budget: list[int], *, depth: int) -> None:
-    """Writes a bounded repr of `value`; `budget` holds the characters that are left."""
-
-    def put(text: str) -> None:
-        budget[0] -= len(text)
-        write(text)
-
-    if budget[0] < 0:
-        return
-    if isinstance(value, (list, tuple, set, frozenset, dict)):
-        if depth > 20:
-            return put("...")
-        if not value and isinstance(value, (set, frozenset)):
-            return put(repr(value))
-        brackets = {list: "[]", tuple: "()"}.get(type(value), "{}")
-        put(brackets[0])
-        for i, item in enumerate(value):
-            if budget[0] < 0:
-                return
-            put(", " if i else "")
-            _write(item, write, budget, depth=depth + 1)
-            if isinstance(value, dict):
-                put(": ")
-                _write(value[item], write, budget, depth=depth + 1)
-        put(("," if isinstance(value, tuple) and len(value) == 1 else "") + brackets[1])
-    elif isinstance(value, (str, bytes)):
-        put(repr(value[: budget[0] + 1]))
-    elif value is None or isinstance(value, (int, float, complex)):
-        put(repr(value))
-    else:  # a class or an object of the sandbox: its name only, its attributes may be endless
-        put(f"<{getattr(value, 'name', None) or type(value).__name__}>")
+    return shorten(repr(value), max_chars)
 
 
 def _describe(problem: Any, limits: Limits) -> str:

@@ -1,12 +1,13 @@
 """What running code gives back: the result type and the error type of every sandbox layer.
 
-They live apart so that the layers (`arithmetic`, `interpreter`, later `process`) and
+They live apart so that the layers (`arithmetic`, `interpreter`, `process`) and
 `fledge.engine.tools` share one vocabulary without importing each other. Nothing here runs anything.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 
 class ToolError(Exception):
@@ -35,6 +36,16 @@ class ToolResult:
         """What is fed back between output_start and output_end, at most `max_chars` characters."""
         parts = [self.stdout.rstrip("\n"), self.stderr.rstrip("\n"), self.error or ""]
         return shorten("\n".join(part for part in parts if part), self.max_chars)
+
+
+class Python(Protocol):
+    """What runs whole programs: L1 (`interpreter.Interpreter`) or L2 (`process.CPython`)."""
+
+    def run(self, code: str, state: Any = None) -> ToolResult: ...
+
+    def why_unavailable(self) -> str | None: ...
+
+    def close(self) -> None: ...
 
 
 def shorten(text: str, max_chars: int) -> str:

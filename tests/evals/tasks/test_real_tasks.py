@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from fledge.evals.tasks.humaneval import HumanEval, code_of, program
 from fledge.evals.tasks.mmlu import mmlu
 from fledge.evals.tasks.registry import TASKS, find_tasks
 from fledge.sandbox.interpreter import Interpreter, Limits
+from fledge.sandbox.process import CPython
+from fledge.sandbox.process import Limits as TimeLimits
 
 SHARED = Path(os.environ.get("FLEDGE_DATA") or Path(__file__).parents[4] / "shared" / "data")
 needs_data = pytest.mark.skipif(
@@ -161,3 +164,32 @@ def test_the_shared_data() -> None:
     for task in tasks:
         if isinstance(task, HumanEval):
             task.close()
+
+
+def test_humaneval_runs_in_cpython_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HumanEval([PROBLEM]) as task:
+        note, (item,) = task.note, task.items()
+        assert note == "run in CPython" or str(note).startswith("run in Monty, not CPython: ")
+        if task.why_unavailable() is None:
+            assert task.grade(item, item["answer"]) and not task.grade(item, "return 5")
+    monkeypatch.setattr(CPython, "why_unavailable", lambda self: "the kernel has no Landlock")
+    with HumanEval([PROBLEM]) as task:
+        assert task.note == "run in Monty, not CPython: the kernel has no Landlock"
+
+
+@needs_data
+@pytest.mark.parametrize("layer", ["L1", "L2"])
+def test_the_canonical_solutions_pass_in_both_sandboxes(layer: str) -> None:
+    rows = TaskData(SHARED, use_hub=False).rows("humaneval/HumanEval")
+    if not rows:
+        pytest.skip(f"no HumanEval under {SHARED}")
+    sandbox = (
+        Interpreter(Limits(seconds=30.0)) if layer == "L1" else CPython(TimeLimits(seconds=30))
+    )
+    with HumanEval(rows, interpreter=sandbox) as task, ThreadPoolExecutor(2) as threads:
+        reason = task.why_unavailable()
+        if reason is not None:
+            pytest.skip(f"{layer} is off here: {reason}")
+        results = list(threads.map(lambda item: task.run(item, item["answer"]), task.items()))
+    assert len(results) == 164
+    assert sum(result.ok for result in results) >= 160, [r.error for r in results if not r.ok]

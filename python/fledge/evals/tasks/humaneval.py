@@ -1,13 +1,14 @@
 """HumanEval: 164 small Python functions, written by the model and run against the problem's tests.
 
 The prompt is the function's head and docstring as user turn; the code is the first fenced block of
-the reply, else the whole reply. It runs in Monty (`sandbox.interpreter`, L1), which is a Python
-interpreter of its own, not CPython: scores may differ by what Monty lacks. 164 of the 164
-canonical solutions pass there (pydantic-monty 1.4.0; median 0.3 ms, longest 0.7 s):
+the reply, else the whole reply. It runs in real CPython (`sandbox.process`, L2) where that sandbox
+holds, else in Monty (`sandbox.interpreter`, L1), which may lack what a program needs; the score's
+`note` says which. How many of the 164 canonical solutions pass in each, and how long they take:
 
     FLEDGE_DATA=../shared/data python -m fledge.evals.tasks.humaneval
 
-Each program gets 5 seconds and 64 MB. Examined by `evals.scoring`; no code runs in this process.
+Each program gets 5 seconds, and 256 MB (L2) or 64 MB (L1). Examined by `evals.scoring`; no code
+runs in this process. As everywhere, the tests share a process with the code that they judge.
 """
 
 from __future__ import annotations
@@ -18,28 +19,32 @@ from typing import Any, Literal
 
 from fledge.data.conversations import user
 from fledge.evals.tasks.base import Item
-from fledge.sandbox.interpreter import Interpreter, Limits
-from fledge.sandbox.result import ToolResult
+from fledge.sandbox import interpreter, process
+from fledge.sandbox.result import Python, ToolResult
 
-LIMITS = Limits(seconds=5.0)
+SECONDS = 5.0
 _FENCE = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
 
 
 class HumanEval:
-    """The problems of HumanEval; holds an interpreter, so close it at the end (or use `with`)."""
+    """The problems of HumanEval; holds a sandbox, so close it at the end (or use `with`)."""
 
     name = "humaneval"
     kind: Literal["generate", "choice"] = "generate"
     chance = 0.0
     max_new_tokens = 512
-    description = "HumanEval, pass@1, run in Monty (a sandboxed Python interpreter, not CPython)"
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]], *, interpreter: Interpreter | None = None
+        self, rows: Sequence[Mapping[str, Any]], *, interpreter: Python | None = None
     ) -> None:
         self._rows = rows
-        self._interpreter = interpreter or Interpreter(LIMITS)
+        self.note: str | None = None
+        """Where the programs run; stands beside the score."""
+        if interpreter is not None:
+            self._interpreter: Python = interpreter
+        else:
+            self._interpreter, self.note = _best_sandbox()
 
     def __enter__(self) -> HumanEval:
         return self
@@ -48,7 +53,7 @@ class HumanEval:
         self.close()
 
     def close(self) -> None:
-        """Ends the interpreter's workers."""
+        """Ends the sandbox's processes."""
         self._interpreter.close()
 
     def why_unavailable(self) -> str | None:
@@ -78,6 +83,16 @@ class HumanEval:
         return self._interpreter.run(program(item, code_of(text)))
 
 
+def _best_sandbox() -> tuple[Python, str]:
+    """L2 where it holds, else L1; and the words for the score."""
+    cpython = process.CPython(process.Limits(seconds=SECONDS))
+    reason = cpython.why_unavailable()
+    if reason is None:
+        return cpython, "run in CPython"
+    monty = interpreter.Interpreter(interpreter.Limits(seconds=SECONDS))
+    return monty, f"run in Monty, not CPython: {reason}"
+
+
 def code_of(text: str) -> str:
     """The first fenced block of a reply, closed or not; without one the reply itself."""
     fenced = _FENCE.search(text)
@@ -100,17 +115,29 @@ def program(item: Mapping[str, Any], code: str) -> str:
 
 
 def _measure() -> None:
-    """Prints how many canonical solutions pass, and which do not and why."""
+    """Prints how many canonical solutions pass in each sandbox, and which do not and why."""
     from fledge.data.task_files import TaskData
 
-    with HumanEval(TaskData().rows("humaneval/HumanEval") or []) as task:
-        outcomes = [(item["id"], task.run(item, item["answer"])) for item in task.items()]
-    times = sorted(result.ms for _, result in outcomes)
-    print(f"{sum(r.ok for _, r in outcomes)} of {len(outcomes)} canonical solutions pass")
-    print(f"median {times[len(times) // 2]:.1f} ms, longest {times[-1]:.1f} ms")
-    for name, result in outcomes:
-        if not result.ok:
-            print(f"{name}: {result.error}")
+    rows = TaskData().rows("humaneval/HumanEval") or []
+    sandboxes: dict[str, Python] = {
+        "CPython (L2)": process.CPython(process.Limits(seconds=SECONDS)),
+        "Monty (L1)": interpreter.Interpreter(interpreter.Limits(seconds=SECONDS)),
+    }
+    for name, sandbox in sandboxes.items():
+        with HumanEval(rows, interpreter=sandbox) as task:
+            reason = task.why_unavailable()
+            if reason is not None:
+                print(f"{name} is off: {reason}")
+                continue
+            outcomes = [(item["id"], task.run(item, item["answer"])) for item in task.items()]
+        times = sorted(result.ms for _, result in outcomes)
+        print(
+            f"{name}: {sum(r.ok for _, r in outcomes)} of {len(outcomes)} canonical solutions pass;"
+            f" median {times[len(times) // 2]:.1f} ms, longest {times[-1]:.1f} ms"
+        )
+        for item_id, result in outcomes:
+            if not result.ok:
+                print(f"  {item_id}: {result.error}")
 
 
 if __name__ == "__main__":
