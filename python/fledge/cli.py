@@ -415,7 +415,7 @@ def verb_bench(words: list[str]) -> int:
     if args.json:
         _print_json(measured)
     else:
-        print(bench.results_text(measured), end="")
+        print(bench.results_text(args.what, measured), end="")
     return EXIT_DONE
 
 
@@ -512,5 +512,7 @@ VERBS: dict[str, Verb] = {
     ),
     "chat": Verb(verb_chat, "MODEL [-p PROMPT]", "talk to a model"),
     "report": Verb(verb_report, "RUN [RUN2]", "render the report again; two runs side by side"),
-    "bench": Verb(verb_bench, "sandbox [--json]", "measure this machine, each figure with a peer"),
+    "bench": Verb(
+        verb_bench, "sandbox|tok [--json]", "measure this machine, each figure with a peer"
+    ),
 }

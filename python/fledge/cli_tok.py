@@ -219,20 +219,12 @@ def _bench(words: list[str]) -> int:
         parts=tuple(args.parts),
     )
     if args.text is None:
-        texts = _almanac_prose()
+        texts = bench_tok.almanac_prose()
     else:
         texts = (text for file in _files(args.text) for _, text in _documents(file))
     rows = bench_tok.run(texts, settings, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps({"results": rows}, indent=2) if args.json else bench_tok.table(rows))
     return EXIT_DONE
-
-
-def _almanac_prose() -> Iterator[str]:
-    from fledge.data.worlds import load_world
-
-    world = load_world("almanac", 0)
-    for index in range(20_000):
-        yield world.document("train", index).text
 
 
 def _load(path: Path) -> Tokenizer:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fledge.data.worlds import load_world
 from fledge.errors import UserError
 from fledge.tokenizer import Tokenizer, reference
 
@@ -77,6 +78,25 @@ def run(texts: Iterable[str], settings: Settings, say: Say) -> list[dict[str, An
         if "hostile" in settings.parts:
             rows += bench_hostile(folder, settings, say)
     return rows
+
+
+def run_default() -> tuple[list[dict[str, Any]], list[str]]:
+    """A smaller measurement on the almanac's prose, for `fledge bench tok`; rows and notes."""
+    notes: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        if line.startswith("not installed"):
+            notes.append(line)
+
+    return run(almanac_prose(), Settings(train_mb=25, runs=3), say), notes
+
+
+def almanac_prose() -> Iterator[str]:
+    """The text that is measured where nobody names one."""
+    world = load_world("almanac", 0)
+    for index in range(20_000):
+        yield world.document("train", index).text
 
 
 def write_texts(texts: Iterable[str], folder: Path, settings: Settings) -> tuple[int, int]:

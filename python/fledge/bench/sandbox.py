@@ -1,8 +1,7 @@
-"""`fledge bench`: measurements of this machine, each beside a peer measured in the same run.
+"""What a call of each sandbox layer costs here, beside a fresh Python process.
 
-`BENCHES` names what can be measured; one function each, which returns rows of `Row`. A further
-bench is a function and an entry. Called by the command line only. A bench prints ratios and gates
-on nothing: how fast a machine is, is no test.
+`fledge bench sandbox` calls `run`. A layer that does not hold on this machine is named with its
+reason. The only code it runs is one sum.
 """
 
 from __future__ import annotations
@@ -12,83 +11,33 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from math import ceil
 from statistics import median
 from typing import Any
 
-from fledge.plan import hardware
+from fledge.bench import Row
 from fledge.sandbox import arithmetic, layers, selftest
 from fledge.sandbox.interpreter import Interpreter
 from fledge.sandbox.layers import SUM
 from fledge.sandbox.process import CPython
 from fledge.stats import bootstrap_interval
 
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement and its 95 % interval; `ratio` = value / peer_value, None without a peer."""
-
-    name: str
-    value: float
-    unit: str
-    low: float
-    high: float
-    peer: str | None = None
-    peer_value: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        ratio = self.value / self.peer_value if self.peer_value else None
-        return asdict(self) | {"ratio": ratio}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What `fledge bench NAME` does."""
-
-    function: Callable[[], tuple[list[Row], list[str]]]
-    summary: str
-
-
-def measure(name: str) -> dict[str, Any]:
-    """{"machine", "results", "notes"}: the shape that `fledge bench --json` prints."""
-    rows, notes = BENCHES[name].function()
-    return {
-        "machine": hardware.detect().to_dict(),
-        "results": [row.to_dict() for row in rows],
-        "notes": notes,
-    }
-
-
-def results_text(measured: dict[str, Any]) -> str:
-    """The measurements for people."""
-    lines = [f"{'':28} {'value':>10} {'95 % interval':>21}   peer"]
-    for row in measured["results"]:
-        interval = f"[{row['low']:,.3g}, {row['high']:,.3g}]"
-        peer = ""
-        if row["peer"] is not None:
-            peer = f"{row['peer']} {row['peer_value']:,.3g}, ratio {row['ratio']:.3g}"
-        value = f"{row['value']:,.3g} {row['unit']}"
-        lines.append(f"{row['name']:28} {value:>10} {interval:>21}   {peer}".rstrip())
-    return "\n".join([*lines, *measured["notes"]]) + "\n"
-
-
-# -- sandbox ---------------------------------------------------------------------------------------
-
 THREADS = 8
 
 
-def sandbox() -> tuple[list[Row], list[str]]:
+def run() -> tuple[list[Row], list[str]]:
     """Latency of each layer that holds here, and runs a second of L2 from several threads."""
     rows: list[Row] = []
     notes: list[str] = []
 
-    def layer(name: str, why: str | None, run: Callable[[str], Any], peer: str, times: list[float]):
+    def layer(
+        name: str, why: str | None, call: Callable[[str], Any], peer: str, times: list[float]
+    ):
         if why is not None:
             notes.append(f"{name} is off: {why}")
             return
-        layers.latencies(run, SUM, 20)  # start-up is not part of it
-        rows.extend(latency_rows(name, layers.latencies(run, SUM, 1000), peer, times))
+        layers.latencies(call, SUM, 20)  # start-up is not part of it
+        rows.extend(latency_rows(name, layers.latencies(call, SUM, 1000), peer, times))
 
     process = layers.latencies(_plain_process, SUM, 30)
     layer(
@@ -139,6 +88,3 @@ def _rate(threads: ThreadPoolExecutor, run: Callable[[str], Any], count: int) ->
     began = time.perf_counter()
     list(threads.map(run, [SUM] * count))
     return count / (time.perf_counter() - began)
-
-
-BENCHES = {"sandbox": Bench(sandbox, "what a call of each sandbox layer costs here")}
