@@ -12,7 +12,8 @@ import pytest
 from fledge import cli
 from fledge.config import STAGES, TRAINED_STAGES
 from fledge.files import take_lock
-from fledge.run import Run, read_metrics
+from fledge.run import Run
+from fledge.runlog import read_metrics
 from tests.helpers_mini import (
     artefacts,
     assert_three_parts,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from fledge.config import Recipe
 from fledge.progress import Progress
-from fledge.run import Run, StopRequest
+from fledge.run import Run
+from fledge.runlog import StopRequest
 from fledge.stages.material import Material
 from fledge.tokenizer import Tokenizer
 

@@ -22,7 +22,8 @@ from fledge.evals import bpb
 from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
-from fledge.run import MetricsLog, Run
+from fledge.run import Run
+from fledge.runlog import MetricsLog
 from fledge.stages.context import StageContext
 from fledge.tokenizer import Tokenizer
 from fledge.train import checkpoint
