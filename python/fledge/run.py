@@ -33,24 +33,15 @@ from fledge.errors import UserError
 from fledge.fingerprint import changed_keys, fingerprint
 from fledge.resolved import PlanLike
 
-STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "tokenizer": ("data", "tokenizer"),
-    "base": ("data", "model", "base"),
-    "mid": ("mid",),
-    "sft": ("sft",),
-    "rl": ("rl",),
-    "evaluate": ("evaluate",),
+READS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "tokenizer": (("data", "tokenizer"), ()),
+    "base": (("data", "model", "base"), ("tokenizer",)),
+    "mid": (("mid",), ("base",)),
+    "sft": (("sft",), ("mid",)),
+    "rl": (("rl",), ("sft",)),
+    "evaluate": (("evaluate",), TRAINED_STAGES),
 }
-"""Whose keys a stage reads itself; what its inputs read comes in by their fingerprints."""
-
-STAGE_INPUTS: dict[str, tuple[str, ...]] = {
-    "tokenizer": (),
-    "base": ("tokenizer",),
-    "mid": ("base",),
-    "sft": ("mid",),
-    "rl": ("sft",),
-    "evaluate": TRAINED_STAGES,
-}
+"""(sections, stages) that a stage reads itself; what those read comes in by their fingerprints."""
 
 _RECORD_KEYS = {"status": str, "fingerprint": str, "inputs": dict, "parts": dict} | dict.fromkeys(
     ("seconds", "peak_memory_bytes", "attempts"), (int, float)
@@ -314,13 +305,14 @@ class Run:
 
         data: the manifest of what it reads (JSON-able, no times).
         """
-        records = {name: self.read_stage(name) for name in STAGE_INPUTS[stage]}
+        sections, inputs = READS[stage]
+        records = {name: self.read_stage(name) for name in inputs}
         parts = {
             "format": resolved.FORMAT,
             "values": {
                 key: value
                 for key, value in self.values.items()
-                if key in NUMERIC_KEYS and key.partition(".")[0] in STAGE_SECTIONS[stage]
+                if key in NUMERIC_KEYS and key.partition(".")[0] in sections
             },
             "inputs": {n: r["fingerprint"] for n, r in records.items() if r is not None},
             "data": data,
@@ -388,7 +380,7 @@ class Run:
         assert self._lock is not None, "only a held run may be changed"
         later = STAGES[STAGES.index(stage) :]
         gone = [s for s in later if self.stage_dir(s).exists()]
-        kept = {section for s in STAGES if s not in later for section in STAGE_SECTIONS[s]}
+        kept = {section for s in STAGES if s not in later for section in READS[s][0]}
         self.resolved = resolved.prefer(
             self.resolved,
             self._fresh,
