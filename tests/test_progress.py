@@ -41,6 +41,9 @@ def test_plain_lines_and_the_log(tmp_path: Path) -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0] == "tokenizer: already done"
     assert lines[1] == "base 21/100 steps | loss 1.235 tokens 123K | 40 s left | run 25%"
+    # 80 steps took 40 s and are 5.6 of 7 weights; sft's 2 weights will take 14 s at that pace
+    base = [line for line in lines if line.startswith("base")]
+    assert base[-1].endswith("run 80%, 14 s left")
     # one line a second, not one an update
     assert 40 <= len(lines) <= 45
     assert "base 100/100 steps" in (tmp_path / "base" / "log.txt").read_text()

@@ -415,6 +415,24 @@ def verb_report(words: list[str]) -> int:
     return EXIT_DONE
 
 
+def run_sub_verb(
+    verb: str, words: list[str], choices: dict[str, Callable[[list[str]], int]]
+) -> int:
+    """Calls the sub-verb that `words` begins with; UserError with the nearest name otherwise."""
+    if words and words[0] in choices:
+        return choices[words[0]](words[1:])
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: fledge {verb} {VERBS[verb].usage}\n\n{VERBS[verb].summary}")
+        print(f"`fledge {verb} {next(iter(choices))} --help` explains one")
+        return EXIT_DONE
+    near = difflib.get_close_matches(words[0], choices, n=1)
+    raise UserError(
+        f"there is no `fledge {verb} {words[0]}`",
+        f"it knows {', '.join(choices)}",
+        f"did you mean {near[0]}?" if near else f"see `fledge {verb} --help`",
+    )
+
+
 def verb_data(words: list[str]) -> int:
     """`fledge data`: make, check, list and describe data."""
     from fledge.cli_data import data
@@ -424,7 +442,7 @@ def verb_data(words: list[str]) -> int:
 
 def verb_tok(words: list[str]) -> int:
     """`fledge tok`: train, measure and use a tokenizer."""
-    from fledge.cli_data import tok
+    from fledge.cli_tok import tok
 
     return tok(words)
 
@@ -464,7 +482,7 @@ VERBS: dict[str, Verb] = {
         "list | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE | stats PATH",
         "worlds and your own text",
     ),
-    "tok": Verb(verb_tok, "train|eval|encode|decode ...", "the tokenizer by itself"),
+    "tok": Verb(verb_tok, "train|eval|encode|decode|bench ...", "the tokenizer by itself"),
     "eval": Verb(
         verb_eval,
         "MODEL [--tasks A,B] [--max-examples N] [--json]",

@@ -1,52 +1,22 @@
-"""The verbs `data` and `tok`: small tools around worlds, text and tokenizers.
+"""The verb `data`: small tools around worlds and text.
 
 Called by `fledge.cli` only. Each sub-verb reads its words, calls one function and prints.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from fledge.cli import VERBS, Parser, positive
+from fledge.cli import Parser, positive, run_sub_verb
 from fledge.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
-
-SubVerb = Callable[[list[str]], int]
 
 
 def data(words: list[str]) -> int:
     """`fledge data ...`."""
-    return _choose("data", words, {"list": _list, "make": _make, "check": _check, "stats": _stats})
-
-
-def tok(words: list[str]) -> int:
-    """`fledge tok ...`."""
-    return _choose(
-        "tok", words, {"train": _train, "eval": _eval, "encode": _encode, "decode": _decode}
-    )
-
-
-def _choose(verb: str, words: list[str], choices: dict[str, SubVerb]) -> int:
-    if words and words[0] in choices:
-        return choices[words[0]](words[1:])
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: fledge {verb} {VERBS[verb].usage}\n\n{VERBS[verb].summary}")
-        print(f"`fledge {verb} {next(iter(choices))} --help` explains one")
-        return EXIT_DONE
-    near = difflib.get_close_matches(words[0], choices, n=1)
-    raise UserError(
-        f"there is no `fledge {verb} {words[0]}`",
-        f"it knows {', '.join(choices)}",
-        f"did you mean {near[0]}?" if near else f"see `fledge {verb} --help`",
-    )
-
-
-# -- data ----------------------------------------------------------------------------------------
+    choices = {"list": _list, "make": _make, "check": _check, "stats": _stats}
+    return run_sub_verb("data", words, choices)
 
 
 def _list(words: list[str]) -> int:
@@ -123,113 +93,6 @@ def _stats(words: list[str]) -> int:
 
     print(json.dumps(describe(args.path), indent=2, ensure_ascii=False, default=str))
     return EXIT_DONE
-
-
-# -- tok -----------------------------------------------------------------------------------------
-
-
-def _train(words: list[str]) -> int:
-    parser = Parser("tok train", "learn a tokenizer from text")
-    parser.add_argument("text", type=Path, nargs="+", help="files or folders of text")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="a multiple of 128")
-    parser.add_argument("--pattern", choices=("qwen2", "llama3", "gpt4-2"), default="qwen2")
-    args = parser.parse_args(words)
-    from fledge.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.train(_texts(args.text), vocab_size=args.vocab_size, pattern=args.pattern)
-    tokenizer.save(args.out)
-    print(f"{tokenizer.vocab_size:,} tokens written to {args.out}")
-    return EXIT_DONE
-
-
-def _eval(words: list[str]) -> int:
-    parser = Parser("tok eval", "how well a tokenizer compresses text")
-    parser.add_argument("tokenizer", type=Path, help="a run, a checkpoint or a tokenizer folder")
-    parser.add_argument("text", type=Path, nargs="+", help="files or folders of text")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    args = parser.parse_args(words)
-    tokenizer = _load(args.tokenizer)
-    documents = size = tokens = wrong = 0
-    for text in _texts(args.text):
-        ids = tokenizer.encode(text)
-        documents, size, tokens = documents + 1, size + len(text.encode()), tokens + len(ids)
-        wrong += tokenizer.decode(ids) != text
-    result = {
-        "vocab_size": tokenizer.vocab_size,
-        "documents": documents,
-        "bytes": size,
-        "tokens": tokens,
-        "bytes_per_token": round(size / max(1, tokens), 4),
-        "documents_changed_by_a_round_trip": wrong,
-    }
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print("\n".join(f"{key.replace('_', ' ')}: {value:,}" for key, value in result.items()))
-    return EXIT_DONE
-
-
-def _encode(words: list[str]) -> int:
-    parser = Parser("tok encode", "text to token ids")
-    parser.add_argument("tokenizer", type=Path, help="a run, a checkpoint or a tokenizer folder")
-    parser.add_argument("text", nargs="?", help="default: standard input")
-    args = parser.parse_args(words)
-    text = sys.stdin.read() if args.text is None else args.text
-    print(" ".join(map(str, _load(args.tokenizer).encode(text))))
-    return EXIT_DONE
-
-
-def _decode(words: list[str]) -> int:
-    parser = Parser("tok decode", "token ids to text")
-    parser.add_argument("tokenizer", type=Path, help="a run, a checkpoint or a tokenizer folder")
-    parser.add_argument("ids", nargs="*", help="default: standard input")
-    args = parser.parse_args(words)
-    tokenizer = _load(args.tokenizer)
-    given = args.ids or sys.stdin.read().split()
-    try:
-        ids = [int(word) for word in given]
-    except ValueError as error:
-        raise UserError("that is not a list of token ids", str(error), "give numbers") from None
-    bad = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
-    if bad:
-        raise UserError(
-            f"there is no token {bad[0]}",
-            f"this tokenizer has {tokenizer.vocab_size} tokens",
-            f"give numbers from 0 to {tokenizer.vocab_size - 1}",
-        )
-    print(tokenizer.decode(ids))
-    return EXIT_DONE
-
-
-def _load(path: Path) -> Any:
-    from fledge.run import Run
-    from fledge.tokenizer import Tokenizer
-
-    folder = Run.read(path).tokenizer_dir if Run.is_run(path) else path
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{path} holds no tokenizer",
-            "there is no tokenizer.json in it",
-            "give a run directory, a checkpoint or a folder that `fledge tok train` wrote",
-        )
-    return Tokenizer.load(folder)
-
-
-def _texts(paths: list[Path]) -> Iterator[str]:
-    from fledge.data import sources
-
-    readers = {
-        "jsonl": sources.jsonl_texts,
-        "parquet": sources.parquet_texts,
-        "text": sources.text_documents,
-    }
-    for path in paths:
-        found, notes = sources.find_files(path)
-        for note in notes:
-            print(note, file=sys.stderr)
-        for file in found:
-            yield from readers[file.format](file)
 
 
 def _require_file(path: Path) -> None:

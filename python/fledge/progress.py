@@ -58,7 +58,8 @@ class Progress:
         self._unit = ""
         self._done = 0.0
         self._first = 0.0
-        self._began = self._last_line = clock()
+        self._began = self._last_line = self._run_began = clock()
+        self._skipped = 0.0
         self._log: TextIO | None = None
         self._live: Any = None
         self._tasks: tuple[Any, Any] | None = None
@@ -71,6 +72,8 @@ class Progress:
         self._name, self._total, self._unit = name, max(float(total), 1e-9), unit
         self._done = self._first = float(done)
         self._began = self._clock()
+        if done and name in self._weights:  # worked off by an earlier process
+            self._skipped += self._weights[name] * min(1.0, self._done / self._total)
         self._last_line = self._began - self._line_every
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,7 @@ class Progress:
     def skip(self, name: str, why: str = "already done") -> None:
         """Say that a stage needs no work and count it as done."""
         self._finished.add(name)
+        self._skipped += self._weights.get(name, 0.0)
         self.note(f"{name}: {why}")
 
     def update(self, done: float, **info: Any) -> None:
@@ -124,6 +128,14 @@ class Progress:
             return None
         return (self._total - self._done) * elapsed / worked
 
+    def run_seconds_left(self) -> float | None:
+        """Estimate for the whole run from this process's pace; None in the first hundredth."""
+        total = sum(self._weights.values())
+        worked = self.share() * total - self._skipped
+        if worked < 0.01 * total or not total:
+            return None
+        return (1 - self.share()) * total * (self._clock() - self._run_began) / worked
+
     def close(self) -> None:
         """End the stage and take the bar away."""
         self._end_stage()
@@ -144,8 +156,13 @@ class Progress:
         parts = [f"{self._name} {self._done:.6g}/{self._total:.6g} {self._unit}"]
         parts += [_facts(info)] if info else []
         parts += [f"{format_seconds(left)} left"] if left is not None and left > 0 else []
-        parts += [f"run {100 * self.share():.0f}%"] if self._weights else []
+        parts += [self._whole_run()] if self._weights else []
         return " | ".join(parts)
+
+    def _whole_run(self) -> str:
+        left = self.run_seconds_left()
+        shown = f", {format_seconds(left)} left" if left else ""
+        return f"run {100 * self.share():.0f}%{shown}"
 
     def _write_log(self, line: str) -> None:
         if self._log is not None:

@@ -6,13 +6,15 @@ import torch
 from fledge.model import attention, layers
 
 
-def test_linear_cross_entropy_equals_its_naive_twin(monkeypatch):
+@pytest.mark.parametrize("masked_rows", [0, 9, 23])
+def test_linear_cross_entropy_equals_its_naive_twin(monkeypatch, masked_rows):
     monkeypatch.setattr(layers, "LOSS_CHUNK_ROWS", 7)  # several chunks, the last one short
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(23, 16, generator=generator, requires_grad=True)
     head = torch.randn(50, 16, generator=generator, requires_grad=True)
     targets = torch.randint(0, 50, (23,), generator=generator)
     weights = torch.rand(23, generator=generator) - 0.3  # negative weights: RL's advantages
+    weights[torch.randperm(23, generator=generator)[:masked_rows]] = 0.0
     fast = layers.linear_cross_entropy(x, head, targets, weights) * 1.7
     fast_grads = torch.autograd.grad(fast, (x, head))
     naive = layers.naive_linear_cross_entropy(x, head, targets, weights) * 1.7

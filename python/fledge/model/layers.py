@@ -62,12 +62,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     Never holds more than LOSS_CHUNK_ROWS rows of logits: at a small depth the logits are by far
     the largest tensor of a step, and touching them once is the cheapest way to get both results.
+    Rows of weight 0 (most of a batch of chats) never meet the head.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
         need_x, need_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float64, device=x.device)
+        all_rows, kept = x, weights.nonzero().squeeze(1)
+        if len(kept) < len(x):
+            x, targets, weights = x[kept], targets[kept], weights[kept]
         grad_x = torch.empty_like(x) if need_x else None
         grad_head = torch.zeros_like(head) if need_head else None
         for start in range(0, x.shape[0], LOSS_CHUNK_ROWS):
@@ -84,6 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(grad, head, out=grad_x[rows])
                 if grad_head is not None:
                     grad_head.addmm_(grad.T, x[rows])
+        if grad_x is not None and len(kept) < len(all_rows):
+            grad_x = torch.zeros_like(all_rows).index_copy_(0, kept, grad_x)
         ctx.save_for_backward(grad_x, grad_head)
         return total.float()
 

@@ -15,6 +15,7 @@ from fledge.data.worlds.audit import BASELINE_LIMIT, audit
 from fledge.data.worlds.exams import SIZES
 from fledge.data.worlds.make import make_world
 from fledge.data.worlds.problems import is_exam_expression
+from fledge.data.worlds.spelling import is_exam_word
 from fledge.data.worlds.tables import fill
 from fledge.errors import UserError
 
@@ -24,7 +25,7 @@ STORED = {
     "val": "148822763bae3db7",
     "mid": "1409d669beb0585b",
     "sft": "8bc4895a83549693",
-    "rl": "a265b1c9801629cb",
+    "rl": "7256bf9445636d26",
     "world_facts": "791984283df2045c",
     "world_mc": "88e3869188595e03",
     "world_math": "c15b7d6db25b108f",
@@ -144,8 +145,16 @@ def test_exam_sizes_and_shapes(village: World) -> None:
 
 
 def test_problems_are_right(village: World) -> None:
-    for index in range(300):
-        problem = village.problem(index)
+    problems = [village.problem(index) for index in range(300)]
+    spelling = [p for p in problems if p["kind"] == "spell"]
+    assert 50 <= len(spelling) <= 100
+    for problem in spelling:
+        word = problem["answer"].replace("-", "")
+        assert not is_exam_word(word)
+        assert f'"{word}"' in problem["messages"][0]["content"]
+    for problem in problems:
+        if problem["kind"] == "spell":
+            continue
         assert not is_exam_expression(problem["expression"])
         assert str(_calculate(problem["expression"])) == problem["answer"]
         text = problem["messages"][0]["content"]

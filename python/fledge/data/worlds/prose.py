@@ -148,7 +148,7 @@ class ProseWriter:
     def _spelling(self, choices: Choices) -> str:
         out = []
         for _ in range(choices.integer(2, 9)):
-            word = self.spell_word(choices, real=0.3)
+            word = self.spell_word(choices, real=0.5)
             if choices.chance(0.12):
                 letter = choices.choice(sorted(set(word)))
                 out.append(f'"{word}".count("{letter}") is {word.count(letter)}.')

@@ -25,6 +25,7 @@ from fledge.errors import UserError
 
 GENERATOR_VERSION = 1
 BUILTIN = ("almanac", "village")
+SPELLING_PROBLEMS = 0.25  # share of rl's problems; without them rl unlearnt spelling (docs/log.md)
 Split = Literal["train", "val"]
 Stage = Literal["mid", "sft"]
 
@@ -74,8 +75,11 @@ class World:
         return self.conversations.kinds(stage)
 
     def problem(self, index: int) -> dict[str, Any]:
-        """Problem `index` of rl; never one of the exam's."""
+        """Problem `index` of rl, a word to spell or a word problem; never one of the exam's."""
         choices = self._choices("problem", "rl", index)
+        if choices.chance(SPELLING_PROBLEMS):
+            asked, reply = self.conversations.make(choices, "sft", "spell")["messages"]
+            return {"kind": "spell", "messages": [asked], "answer": reply["content"]}
         problem = make_problem(choices, self.prose.lexicon, "train")
         return {
             "kind": "math",
