@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fledge.run import without_timing
+from fledge.runlog import without_timing
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,8 @@ from typing import Any
 from fledge.config import Recipe, load_recipe
 from fledge.plan.hardware import Hardware, parse
 from fledge.plan.planner import Plan, resolve
-from fledge.run import MetricsLog, Run
+from fledge.run import Run
+from fledge.runlog import MetricsLog
 
 TWO_CORES: Hardware = parse("2xcpu")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fledge import report, report_plots
+from fledge import report, report_blocks, report_plots
 from fledge.report_pages import Heading, Listing, Paragraph, Table, to_html, to_markdown
 from fledge.run import Run
 from tests.helpers_run import do_stage, finished_run, open_run, write_training
@@ -51,7 +51,7 @@ def test_report_json_has_the_documented_shape(run: Run) -> None:
 
 
 def test_the_first_paragraph_can_be_read_aloud(run: Run) -> None:
-    text = report.summary_text(run, report.gather(run))
+    text = report_blocks.summary_text(run, report.gather(run))
     assert "from nothing on the built-in world village" in text
     assert "80.0 % (75.0 to 85.0) of questions about facts (guessing gives 5 %)" in text
     assert "1.600 bits for each byte" in text and "about 1.400" in text
@@ -152,7 +152,28 @@ def test_pages_escape_what_users_wrote() -> None:
 
 def test_core_path_counts_real_files() -> None:
     lines = report.core_path_lines()
-    assert lines["config.py"] > 100
+    assert tuple(lines) == report.CORE_PATH
+    code, physical = lines["config.py"]
+    assert 100 < code < physical
+
+
+def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings() -> None:
+    source = '''"""A module."""
+
+# a comment
+X = 1  # code
+"""Its docstring."""
+
+
+def f(
+    a: str,
+) -> str:
+    """Two
+    lines."""
+    return """code
+that goes on"""
+'''
+    assert report.code_lines(source) == 6
 
 
 def test_thin_keeps_ends_and_means() -> None:

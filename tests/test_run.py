@@ -23,14 +23,8 @@ from fledge.fingerprint import changed_keys, fingerprint
 from fledge.plan.defaults import DEFAULTS
 from fledge.plan.hardware import parse
 from fledge.plan.planner import resolve
-from fledge.run import (
-    TIMING_KEYS,
-    MetricsLog,
-    Run,
-    StopRequest,
-    read_metrics,
-    without_timing,
-)
+from fledge.run import Run
+from fledge.runlog import TIMING_KEYS, MetricsLog, StopRequest, read_metrics, without_timing
 from tests.helpers_run import do_stage, open_run, plan_of, write_checkpoint
 
 DATA = {"world": "village"}

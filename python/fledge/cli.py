@@ -247,7 +247,7 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """(a verb's own words, the --section.key words with their values)."""
     from fledge import config
 
-    sections = tuple(f"--{section}." for section in config.recipe_to_dict(config.Recipe()))
+    sections = tuple(f"--{section}." for section in config.SECTIONS)
     own: list[str] = []
     overrides: list[str] = []
     position = 0
@@ -287,13 +287,7 @@ def override(recipe: Any, words: list[str]) -> Any:
 
     if not words:
         return recipe
-    import dataclasses
-
-    keys = [
-        f"--{s.name}.{k.name}"
-        for s in dataclasses.fields(recipe)
-        for k in dataclasses.fields(getattr(recipe, s.name))
-    ]
+    keys = [f"--{key}" for key in config.KEYS]
     for word in words:
         flag = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
         if word.startswith("--") and flag not in keys:

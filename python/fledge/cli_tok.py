@@ -15,7 +15,7 @@ from fledge.cli import Parser, positive, run_sub_verb
 from fledge.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
-    from fledge.data.sources import SourceFile
+    from fledge.data.text_files import SourceFile
     from fledge.tokenizer import Tokenizer
     from fledge.tokenizer.compare import Domain
 
@@ -243,10 +243,10 @@ def _load(path: Path) -> Tokenizer:
 
 def _files(paths: list[Path]) -> Iterator[SourceFile]:
     """The readable files of `paths`; what is passed over is said on standard error."""
-    from fledge.data import sources
+    from fledge.data import text_files
 
     for path in paths:
-        found, notes = sources.find_files(path)
+        found, notes = text_files.find_files(path)
         for note in notes:
             print(note, file=sys.stderr)
         yield from found
@@ -254,16 +254,16 @@ def _files(paths: list[Path]) -> Iterator[SourceFile]:
 
 def _documents(file: SourceFile) -> Iterator[tuple[str, str]]:
     """(domain, text) of a file: a line's name, language or source, else the name of the file."""
-    from fledge.data import sources
+    from fledge.data import text_files
 
     stem = Path(file.relative).name.partition(".")[0]
     if file.format == "jsonl":
         for (_, line), text in zip(
-            sources.json_lines(file), sources.jsonl_texts(file), strict=False
+            text_files.json_lines(file), text_files.jsonl_texts(file), strict=False
         ):
             labels = (line.get(name) for name in _DOMAIN_FIELDS)
             yield next((str(label) for label in labels if label), stem), text
         return
-    read = sources.parquet_texts if file.format == "parquet" else sources.text_documents
+    read = text_files.parquet_texts if file.format == "parquet" else text_files.text_documents
     for text in read(file):
         yield stem, text

@@ -14,6 +14,7 @@ import difflib
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -245,10 +246,23 @@ class Recipe:
     hardware: HardwareSection = field(default_factory=HardwareSection)
 
 
-def is_execution(section: type, name: str) -> bool:
-    """True if the key changes only speed or place."""
-    (found,) = [f for f in fields(section) if f.name == name]
-    return bool(found.metadata.get("execution", False))
+SECTIONS: dict[str, type] = typing.get_type_hints(Recipe)
+"""Name -> dataclass of every section, in the order of the recipe."""
+
+KEYS = tuple(f"{name}.{key.name}" for name, kind in SECTIONS.items() for key in fields(kind))
+"""Every key as "section.key"."""
+
+EXECUTION_KEYS = frozenset(
+    f"{name}.{key.name}"
+    for name, kind in SECTIONS.items()
+    for key in fields(kind)
+    if key.metadata.get("execution")
+)
+"""The keys that change only speed or place."""
+
+NUMERIC_KEYS = frozenset(KEYS) - EXECUTION_KEYS - {"data.source", "data.root"}
+"""The keys that fingerprints are taken over. Where the data lies is none of them: its manifest says
+what it is, so that a folder may move."""
 
 
 def builtin_recipes() -> dict[str, str]:
@@ -297,88 +311,75 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
 
 def recipe_from_dict(tables: dict[str, Any], *, where: str) -> Recipe:
     """The Recipe of a dict of tables, every key and type checked."""
-    sections = {f.name: typing.get_type_hints(Recipe)[f.name] for f in fields(Recipe)}
     built = {}
-    for section_name, table in tables.items():
-        if section_name not in sections:
-            raise _unknown(f"[{section_name}]", section_name, list(sections), where)
+    for section, table in tables.items():
+        if section not in SECTIONS:
+            raise _unknown(f"[{section}]", section, SECTIONS, where)
         if not isinstance(table, dict):
             raise UserError(
-                f"{section_name} = {table!r} in {where}",
-                f"{section_name} is a section, not a value",
-                f"write [{section_name}] and its keys below it",
+                f"{section} = {table!r} in {where}",
+                f"{section} is a section, not a value",
+                f"write [{section}] and its keys below it",
             )
-        built[section_name] = _section_from_dict(
-            sections[section_name], table, section_name=section_name, where=where
-        )
+        hints, values = typing.get_type_hints(SECTIONS[section]), {}
+        for key, value in table.items():
+            if key not in hints:
+                raise _unknown(f"{section}.{key}", key, hints, where)
+            try:
+                values[key] = _coerce(value, hints[key])
+            except TypeError as error:
+                raise UserError(
+                    f"{section}.{key} = {value!r} in {where}",
+                    f"it must be {error}",
+                    f"see `fledge run --help` for what {section}.{key} means",
+                ) from None
+        built[section] = SECTIONS[section](**values)
     return Recipe(**built)
 
 
-def _section_from_dict(
-    section: type, table: dict[str, Any], *, section_name: str, where: str
-) -> Any:
-    hints = typing.get_type_hints(section)
-    values = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise _unknown(f"{section_name}.{key}", key, list(hints), where)
-        try:
-            values[key] = _coerce(value, hints[key])
-        except TypeError as error:
-            raise UserError(
-                f"{section_name}.{key} = {value!r} in {where}",
-                f"it must be {error}",
-                f"see `fledge run --help` for what {section_name}.{key} means",
-            ) from None
-    return section(**values)
-
-
-def _unknown(what: str, key: str, known: list[str], where: str) -> UserError:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+def _unknown(what: str, key: str, known: Iterable[str], where: str) -> UserError:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     fix = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
     return UserError(f"unknown key {what} in {where}", "no such setting exists", fix)
 
 
+_IN_WORDS: dict[Any, str] = {
+    **{int: "a whole number", float: "a number", str: "a string", bool: "true or false"},
+    **{tuple[str, ...]: "a list of strings", dict[str, float]: "a table of numbers"},
+}
+
+
 def _coerce(value: Any, hint: Any) -> Any:
     """`value` as the annotated type; TypeError (with the type in words) if it does not fit."""
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (inner,) = [a for a in typing.get_args(hint) if a is not type(None)]
-        return _coerce(value, inner)
-    if origin is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise TypeError("one of " + ", ".join(map(str, typing.get_args(hint))))
-    if origin is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise TypeError("a list of strings")
-    if origin is dict:
-        numeric = isinstance(value, dict) and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value.values()
-        )
-        if numeric:
-            return {k: float(v) for k, v in value.items()}
-        raise TypeError("a table of numbers")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _coerce(value, inner[0])  # always "X | None"
+    if hint is float and type(value) is int:
         return float(value)
-    if hint in (int, float, str, bool) and type(value) is hint:
+    if origin is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    if origin is dict and isinstance(value, dict) and {*map(type, value.values())} <= {int, float}:
+        return {key: float(number) for key, number in value.items()}
+    if type(value) is hint or (origin is Literal and value in inner):
         return value
-    raise TypeError(
-        {int: "a whole number", float: "a number", str: "a string"}.get(hint, str(hint))
-    )
+    raise TypeError(_IN_WORDS.get(hint) or f"one of {', '.join(inner)}")
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Sections as plain dicts without the absent keys; ready for TOML and JSON."""
-    result = {}
-    for f in fields(recipe):
-        section = getattr(recipe, f.name)
-        table = {k: v for k, v in dataclasses.asdict(section).items() if v is not None}
-        result[f.name] = {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}
-    return result
+    return {
+        section: {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in table.items()
+            if value is not None
+        }
+        for section, table in dataclasses.asdict(recipe).items()
+    }
+
+
+def flat(tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The same as one dict of "section.key"."""
+    return {f"{name}.{key}": v for name, table in tables.items() for key, v in table.items()}
 
 
 def recipe_to_toml(recipe: Recipe) -> str:

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ def canonical_json(value: Any) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all."""
+    """Put `data` at `path` whole or not at all; missing folders are made."""
     temporary = path.with_name(path.name + TEMPORARY)
     with refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
@@ -54,6 +55,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Put readable JSON (two spaces, keys in the given order) at `path` whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, keys: Mapping[str, Any] | None = None, *, fix: str) -> Any:
+    """The JSON value at `path`; UserError with this `fix` if it is damaged.
+
+    keys: entries, with their types, that the value must have; it must be an object then.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if keys is not None and not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__} instead of an object")
+        for key, kind in (keys or {}).items():
+            if not isinstance(value.get(key), kind):
+                raise ValueError(f"its entry {key!r} is missing or of a wrong kind")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged", str(error), fix) from None
+    return value
 
 
 @contextlib.contextmanager

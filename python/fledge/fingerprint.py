@@ -8,13 +8,10 @@ difference. It reads no files of a run.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import json
 import platform
 import subprocess
-import typing
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +19,6 @@ from typing import Any
 
 import fledge
 from fledge import files
-from fledge.config import Recipe, is_execution
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -59,18 +55,6 @@ def _differences(old: Any, new: Any, prefix: str) -> list[str]:
 def _short(value: Any) -> str:
     text = "absent" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-@functools.cache
-def is_execution_key(key: str) -> bool:
-    """True if "section.key" changes only speed or place."""
-    section, _, name = key.partition(".")
-    hints = typing.get_type_hints(Recipe)
-    return (
-        section in hints
-        and any(f.name == name for f in dataclasses.fields(hints[section]))
-        and is_execution(hints[section], name)
-    )
 
 
 def environment() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 On a terminal a live bar (rich), elsewhere one plain line per logging event, at most one a second,
 both on standard error; the plain lines also go to the stage's log.txt. Made by the pipeline and
-handed to the stages. It never writes metrics (`fledge.run.MetricsLog` does) and decides nothing.
+handed to the stages. It never writes metrics (`fledge.runlog.MetricsLog` does) and decides nothing.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 `Run.open` creates or reopens a run (DESIGN 4.3) and holds its lock; `Run.read` looks at one without
 holding it (chat, report). A stage is fingerprinted by its numeric keys, the fingerprints of the
 stages it builds on, and its data; re-running skips what is done, resumes what is partial and
-refuses, naming the keys, what differs. Called by stages, chat and report. It never trains, never
-imports torch, and is the only module that builds a path inside a run.
+refuses, naming the keys, what differs. What was decided (resolved.json) is `fledge.resolved`'s
+business. Called by stages, chat and report. It never trains, never imports torch, and is the only
+module that builds a path inside a run.
 """
 
 from __future__ import annotations
@@ -12,97 +13,39 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from fledge import files
+from fledge import files, resolved
 from fledge.config import (
+    NUMERIC_KEYS,
     STAGES,
+    TRAINED_STAGES,
     ModelConfig,
     Recipe,
     recipe_from_dict,
-    recipe_to_dict,
     recipe_to_toml,
 )
 from fledge.errors import UserError
-from fledge.files import (
-    atomic_directory,
-    require_free_bytes,
-    write_bytes,
-    write_json,
-    write_text,
-)
-from fledge.fingerprint import (
-    changed_keys,
-    environment,
-    fingerprint,
-    is_execution_key,
-)
-from fledge.runlog import (
-    TIMING_KEYS,
-    MetricsLog,
-    StopRequest,
-    read_metrics,
-    without_timing,
-)
+from fledge.fingerprint import changed_keys, fingerprint
+from fledge.resolved import PlanLike
 
-# callers above run take the writers and the log from here
-__all__ = [
-    "FORMAT",
-    "STAGE_INPUTS",
-    "STAGE_SECTIONS",
-    "TIMING_KEYS",
-    "MetricsLog",
-    "Run",
-    "StopRequest",
-    "atomic_directory",
-    "describe",
-    "find_checkpoint",
-    "read_metrics",
-    "require_free_bytes",
-    "without_timing",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
-
-FORMAT = 1
-"""Version of the run directory; a change makes older runs refuse instead of misread."""
-
-STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "tokenizer": ("data", "tokenizer"),
-    "base": ("data", "model", "base"),
-    "mid": ("mid",),
-    "sft": ("sft",),
-    "rl": ("rl",),
-    "evaluate": ("evaluate",),
+READS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "tokenizer": (("data", "tokenizer"), ()),
+    "base": (("data", "model", "base"), ("tokenizer",)),
+    "mid": (("mid",), ("base",)),
+    "sft": (("sft",), ("mid",)),
+    "rl": (("rl",), ("sft",)),
+    "evaluate": (("evaluate",), TRAINED_STAGES),
 }
-"""Whose keys a stage reads itself; what its inputs read comes in by their fingerprints."""
+"""(sections, stages) that a stage reads itself; what those read comes in by their fingerprints."""
 
-STAGE_INPUTS: dict[str, tuple[str, ...]] = {
-    "tokenizer": (),
-    "base": ("tokenizer",),
-    "mid": ("base",),
-    "sft": ("mid",),
-    "rl": ("sft",),
-    "evaluate": ("base", "mid", "sft", "rl"),
-}
-
-_PLACES = frozenset({"data.source", "data.root"})
-"""Keys that say where the data lies; the manifest says what it is, so a folder may move."""
-
-State = Literal["skip", "resume", "start"]
-
-
-class PlanLike(Protocol):
-    """What a run needs of a `fledge.plan.planner.Plan` (run may not import plan)."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-    def replan(self, recipe: Recipe) -> PlanLike: ...
+_RECORD_KEYS = {"status": str, "fingerprint": str, "inputs": dict, "parts": dict} | dict.fromkeys(
+    ("seconds", "peak_memory_bytes", "attempts"), (int, float)
+)
 
 
 class Run:
@@ -112,12 +55,12 @@ class Run:
     `model` the network's shape, `resolved` the content of resolved.json.
     """
 
-    def __init__(self, path: Path, resolved: dict[str, Any]) -> None:
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
         self.path = path
-        self.resolved = resolved
+        self.resolved = content
         self._lock: int | None = None
-        self._fresh: dict[str, Any] = resolved
-        self._pending = False
+        self._fresh = content  # as this version's planner resolves what was asked
+        self._pending = False  # resolved differs from what the folder holds
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -129,38 +72,36 @@ class Run:
         stored one, the new numbers apply to stages that have not begun, and `stage_state` refuses
         where they would change a stage that has. Numbers of the execution (threads, rows per
         device) always come from the new plan. Raises UserError if the folder cannot be written, is
-        something else than a run, or is held by another process.
+        something else than a run, or is held by another process; nothing new stays behind then.
         """
         out = Path(out).absolute()
-        fresh = describe(name, recipe, plan)
-        made = _make_folder(out)
-        before = {p.name for p in out.iterdir()}
-        lock = files.take_lock(out / ".lock", out)
-        try:
+        fresh = resolved.describe(name, recipe, plan)
+        with contextlib.ExitStack() as undo:
+            with files.refusals(out):
+                for folder in [p for p in (out, *out.parents) if not p.exists()][::-1]:
+                    folder.mkdir(exist_ok=True)
+                    undo.callback(_remove_quietly, folder)
+                before = os.listdir(out)
+            lock = files.take_lock(out / ".lock", out)
+            undo.callback(os.close, lock)
+            for new in {".lock", "recipe.toml", "resolved.json"}.difference(before):
+                undo.callback(_remove_quietly, out / new)
             run = cls._create_or_reopen(out, fresh, plan)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                for name in {".lock", "recipe.toml", "resolved.json"} - before:
-                    (out / name).unlink(missing_ok=True)
-            os.close(lock)
-            _remove_if_empty(made)
-            raise
+            undo.pop_all()
         run._fresh = fresh
         run._lock = lock
         return run
 
     @classmethod
     def _create_or_reopen(cls, out: Path, fresh: dict[str, Any], plan: PlanLike) -> Run:
-        resolved_file = out / "resolved.json"
-        if not resolved_file.exists():
+        if not cls.is_run(out):
             # a folder that is not ours stays as it is: one may have said --out . by mistake
             own = (".lock", "resolved.json" + files.TEMPORARY)
-            foreign = [p.name for p in out.iterdir() if p.name not in own]
+            foreign = sorted(name for name in os.listdir(out) if name not in own)
             if foreign:
                 raise UserError(
                     f"{out} is not empty and not a run directory",
-                    f"it holds {', '.join(sorted(foreign)[:3])}"
-                    + (" ..." if len(foreign) > 3 else ""),
+                    f"it holds {', '.join(foreign[:3])}" + (" ..." if len(foreign) > 3 else ""),
                     "give a new or empty folder with --out DIR",
                 )
             run = cls(out, fresh)
@@ -168,35 +109,14 @@ class Run:
             return run
         with files.refusals(out):
             files.remove_temporary(out)
-        run = cls(out, _read_resolved(resolved_file))
-        if not run._recipe_is_written():  # killed while the description was written
-            run._write_description()
-        run._take_up(fresh, plan)
+        run = cls.read(out)
+        text = recipe_to_toml(run.asked).encode()
+        if not run.recipe_file.is_file() or run.recipe_file.read_bytes() != text:
+            run._write_description()  # killed while it was written
+        run.resolved, run._pending = resolved.join(
+            run.resolved, fresh, plan, where=run.resolved_file
+        )
         return run
-
-    def _take_up(self, fresh: dict[str, Any], plan: PlanLike) -> None:
-        """Merge a new plan into the stored one: what the change of the recipe moves is new, all
-        else stays as it was resolved, even where this version's planner would choose otherwise."""
-        stored = self.resolved
-        before = plan.replan(self.asked).to_dict()  # the old recipe by this version's planner
-        values = {
-            key: value
-            if is_execution_key(key) or key in _PLACES or value != before["values"].get(key)
-            else stored["values"].get(key, value)
-            for key, value in fresh["values"].items()
-        }
-        same_model = fresh["model"] == before["model"]
-        if _numeric_recipe(fresh["recipe"]) != _numeric_recipe(stored["recipe"]):
-            self._pending = True
-            model = stored["model"] if same_model else fresh["model"]
-            self.resolved = fresh | {"values": values, "model": model}
-            return
-        stored["values"] = values
-        for place in _PLACES:
-            section, key = place.split(".")
-            stored["recipe"][section].pop(key, None)
-            if key in fresh["recipe"][section]:
-                stored["recipe"][section][key] = fresh["recipe"][section][key]
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -208,7 +128,7 @@ class Run:
                 "it holds no resolved.json" if path.is_dir() else "there is no such folder",
                 "give the folder that `fledge run` wrote, for example runs/quickstart",
             )
-        return cls(path, _read_resolved(path / "resolved.json"))
+        return cls(path, resolved.read(path / "resolved.json"))
 
     @staticmethod
     def is_run(path: Path) -> bool:
@@ -224,12 +144,7 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- what was decided ------------------------------------------------------------------------
@@ -247,7 +162,7 @@ class Run:
     @property
     def asked(self) -> Recipe:
         """The recipe as the user gave it."""
-        return recipe_from_dict(self.resolved["recipe"], where=str(self.path / "resolved.json"))
+        return resolved.asked(self.resolved, where=self.resolved_file)
 
     @property
     def recipe(self) -> Recipe:
@@ -257,7 +172,7 @@ class Run:
             section, _, name = key.partition(".")
             if value is not None:
                 tables.setdefault(section, {})[name] = value
-        return recipe_from_dict(tables, where=str(self.path / "resolved.json"))
+        return recipe_from_dict(tables, where=str(self.resolved_file))
 
     @property
     def model(self) -> ModelConfig:
@@ -294,10 +209,6 @@ class Run:
     def checkpoint_dir(self, stage: str, step: int) -> Path:
         """Folder of one checkpoint: the Hugging Face files and train_state/."""
         return self.checkpoints_dir(stage) / f"step_{step:06d}"
-
-    def evals_dir(self, stage: str, step: int) -> Path:
-        """Folder of what was measured on one checkpoint while training."""
-        return self.stage_dir(stage) / "evals" / f"step_{step:06d}"
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -358,14 +269,12 @@ class Run:
 
     def latest_checkpoint(self, stage: str) -> Path | None:
         """The checkpoint that LATEST names, or None if the stage has none."""
-        try:
-            name = (self.stage_dir(stage) / "LATEST").read_text(encoding="utf-8").strip()
-        except (FileNotFoundError, NotADirectoryError):
+        latest = self.stage_dir(stage) / "LATEST"
+        if not latest.is_file():
             return None
-        except UnicodeDecodeError:
-            name = ""
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
         folder = self.checkpoints_dir(stage) / name
-        if not (name.startswith("step_") and name[5:].isdigit() and folder.is_dir()):
+        if not (re.fullmatch(r"step_\d+", name) and folder.is_dir()):
             raise UserError(
                 f"{self.stage_dir(stage)} names {name!r} as its last checkpoint",
                 "that folder is missing",
@@ -375,7 +284,7 @@ class Run:
 
     def last_model(self) -> tuple[str, Path] | None:
         """(stage, checkpoint) of the furthest stage that has one."""
-        for stage in ("rl", "sft", "mid", "base"):
+        for stage in reversed(TRAINED_STAGES):
             folder = self.latest_checkpoint(stage)
             if folder is not None:
                 return stage, folder
@@ -385,54 +294,35 @@ class Run:
 
     def read_stage(self, stage: str) -> dict[str, Any] | None:
         """The stage's record (stage.json), or None before it begins."""
-        try:
-            record = json.loads(self.stage_file(stage).read_text(encoding="utf-8"))
-            _require_keys(record, _RECORD_KEYS)
-            return record
-        except (FileNotFoundError, NotADirectoryError):
+        path = self.stage_file(stage)
+        if not path.is_file():
             return None
-        except ValueError as error:
-            raise UserError(
-                f"{self.stage_file(stage)} is damaged",
-                str(error),
-                f"restore it, or do the stage anew with --restart {stage}",
-            ) from None
+        fix = f"restore it, or do the stage anew with --restart {stage}"
+        return files.read_json(path, _RECORD_KEYS, fix=fix)
 
-    def stage_parts(
-        self,
-        stage: str,
-        *,
-        data: Any = None,
-        inputs: Iterable[str] | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
+    def stage_parts(self, stage: str, *, data: Any) -> dict[str, Any]:
         """Everything the stage's result depends on; what its fingerprint is taken over.
 
-        data: the manifest of what it reads (JSON-able, no times). inputs: the stages it builds on;
-        by default those of STAGE_INPUTS that have been done. extra: more that counts, by name.
+        data: the manifest of what it reads (JSON-able, no times).
         """
-        names = STAGE_INPUTS[stage] if inputs is None else tuple(inputs)
-        records = {name: self.read_stage(name) for name in names}
+        sections, inputs = READS[stage]
+        records = {name: self.read_stage(name) for name in inputs}
         parts = {
-            "format": FORMAT,
-            "values": self._numeric_values(stage),
+            "format": resolved.FORMAT,
+            "values": {
+                key: value
+                for key, value in self.values.items()
+                if key in NUMERIC_KEYS and key.partition(".")[0] in sections
+            },
             "inputs": {n: r["fingerprint"] for n, r in records.items() if r is not None},
             "data": data,
-            "extra": dict(extra or {}),
+            "extra": {},  # nothing yet; a part of format 1
         }
         return json.loads(files.canonical_json(parts))
 
-    def _numeric_values(self, stage: str) -> dict[str, Any]:
-        sections = STAGE_SECTIONS[stage]
-        return {
-            key: value
-            for key, value in self.values.items()
-            if key.partition(".")[0] in sections
-            and not is_execution_key(key)
-            and key not in _PLACES
-        }
-
-    def stage_state(self, stage: str, parts: Mapping[str, Any]) -> State:
+    def stage_state(
+        self, stage: str, parts: Mapping[str, Any]
+    ) -> Literal["skip", "resume", "start"]:
         """What to do with a stage: "skip" (done), "resume" (begun) or "start".
 
         Raises UserError naming every changed key when the stage was begun with other parts.
@@ -444,8 +334,8 @@ class Run:
             raise _refusal(self, stage, record, parts)
         return "skip" if record["status"] == "done" else "resume"
 
-    def begin_stage(self, stage: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """Record that the stage runs now; returns the record."""
+    def begin_stage(self, stage: str, parts: Mapping[str, Any]) -> None:
+        """Record that the stage runs now."""
         if self._pending:
             self._write_description()
         old = self.read_stage(stage) or {}
@@ -460,10 +350,7 @@ class Run:
             "peak_memory_bytes": old.get("peak_memory_bytes", 0),
             "parts": dict(parts),
         }
-        with files.refusals(self.stage_dir(stage)):
-            self.stage_dir(stage).mkdir(parents=True, exist_ok=True)
         files.write_json(self.stage_file(stage), record)
-        return record
 
     def end_stage(
         self,
@@ -493,28 +380,18 @@ class Run:
         assert self._lock is not None, "only a held run may be changed"
         later = STAGES[STAGES.index(stage) :]
         gone = [s for s in later if self.stage_dir(s).exists()]
-        kept = {section for s in STAGES if s not in later for section in STAGE_SECTIONS[s]}
-        values = {
-            key: self.values.get(key, value) if key.partition(".")[0] in kept else value
-            for key, value in self._fresh["values"].items()
-        }
-        model = self.resolved["model"] if "model" in kept else self._fresh["model"]
-        self.resolved = self._fresh | {"values": values, "model": model}
+        kept = {section for s in STAGES if s not in later for section in READS[s][0]}
+        self.resolved = resolved.prefer(
+            self.resolved,
+            self._fresh,
+            lambda key: key.partition(".")[0] in kept,
+            model="model" in kept,
+        )
         self._pending = True
-        with files.refusals(self.path):
-            for name in reversed(gone):
-                aside = self.path / f"{name}.gone{files.TEMPORARY}"
-                files.remove(aside)
-                os.rename(self.stage_dir(name), aside)
-                files.remove(aside)
+        for name in reversed(gone):
+            files.remove_whole(self.stage_dir(name))
         self._write_description()
         return gone
-
-    def _recipe_is_written(self) -> bool:
-        try:
-            return self.recipe_file.read_text(encoding="utf-8") == recipe_to_toml(self.asked)
-        except (FileNotFoundError, UnicodeDecodeError):
-            return False
 
     def _write_description(self) -> None:
         """resolved.json, whose presence makes the folder a run, and recipe.toml."""
@@ -539,11 +416,11 @@ def find_checkpoint(path: Path) -> tuple[Path, Run | None, str | None]:
                 "go on with `fledge run`; there is one as soon as base has begun to save",
             )
         return last[1], run, last[0]
-    if (path / "LATEST").is_file() and path.name in STAGES and Run.is_run(path.parent):
+    if path.name in STAGES and Run.is_run(path.parent):
         run = Run.read(path.parent)
         folder = run.latest_checkpoint(path.name)
-        assert folder is not None
-        return folder, run, path.name
+        if folder is not None:
+            return folder, run, path.name
     if (path / "config.json").is_file():
         stage = path.parent.parent
         if path.parent.name == "checkpoints" and stage.name in STAGES and Run.is_run(stage.parent):
@@ -554,60 +431,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Run | None, str | None]:
         "it is neither a run directory nor a checkpoint folder with a config.json",
         "give what `fledge run` wrote, for example runs/quickstart",
     )
-
-
-def describe(name: str, recipe: Recipe, plan: PlanLike) -> dict[str, Any]:
-    """The content of resolved.json: the plan, the recipe and where it was made."""
-    return {
-        "format": FORMAT,
-        "name": name,
-        "recipe": recipe_to_dict(recipe),
-        **plan.to_dict(),
-        **environment(),
-        "created": time.time(),
-    }
-
-
-def _read_resolved(path: Path) -> dict[str, Any]:
-    try:
-        resolved = json.loads(path.read_text(encoding="utf-8"))
-        _require_keys(resolved, {"format": int})
-        found = resolved["format"]
-        if found == FORMAT:
-            _require_keys(resolved, _RESOLVED_KEYS)
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged", str(error), "restore it, or start anew with --out DIR"
-        ) from None
-    if found != FORMAT:
-        raise UserError(
-            f"{path.parent} was written by another version of fledge",
-            f"its format is {found}, this version writes {FORMAT}",
-            f"use fledge {resolved.get('versions', {}).get('fledge', '')} for it, or another --out",
-        )
-    return resolved
-
-
-_RESOLVED_KEYS = {"name": str} | dict.fromkeys(
-    ("recipe", "model", "values", "rules", "estimates", "hardware", "versions"), dict
-)
-_RECORD_KEYS = {"status": str, "fingerprint": str, "inputs": dict, "parts": dict} | dict.fromkeys(
-    ("seconds", "peak_memory_bytes", "attempts"), (int, float)
-)
-
-
-def _require_keys(table: Any, keys: Mapping[str, Any]) -> None:
-    """ValueError that names what a stored JSON object lacks."""
-    if not isinstance(table, dict):
-        raise ValueError(f"it holds a {type(table).__name__} instead of an object")
-    for key, kind in keys.items():
-        if not isinstance(table.get(key), kind):
-            raise ValueError(f"its entry {key!r} is missing or of a wrong kind")
-
-
-def _numeric_recipe(tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    flat = {f"{s}.{k}": v for s, table in tables.items() for k, v in table.items()}
-    return {k: v for k, v in flat.items() if not is_execution_key(k) and k not in _PLACES}
 
 
 def _refusal(
@@ -629,24 +452,7 @@ def _refusal(
     )
 
 
-def _make_folder(out: Path) -> list[Path]:
-    """Make the run's folder; returns the folders that were not there before, outermost first."""
-    made: list[Path] = []
-    with files.refusals(out):
-        missing = [p for p in (out, *out.parents) if not p.exists()][::-1]
-        try:
-            for folder in missing:
-                folder.mkdir(exist_ok=True)
-                made.append(folder)
-            if not out.is_dir():
-                raise NotADirectoryError(20, "Not a directory", str(out))
-        except OSError:
-            _remove_if_empty(made)
-            raise
-    return made
-
-
-def _remove_if_empty(made: list[Path]) -> None:
+def _remove_quietly(path: Path) -> None:
+    """Delete a file or an empty folder if that can be done."""
     with contextlib.suppress(OSError):
-        for folder in reversed(made):
-            folder.rmdir()
+        path.rmdir() if path.is_dir() else path.unlink()

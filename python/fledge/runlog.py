@@ -2,7 +2,7 @@
 
 `MetricsLog` writes metrics.jsonl, the truth from which every view is made; `TIMING_KEYS` names what
 in a run may differ between two equal runs; `StopRequest` turns signals into a flag that loops poll.
-Used by the trainers through `fledge.run`. It never decides when to log or to stop.
+Used by the stages. It never decides when to log or to stop.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fledge.data import sources
-from fledge.data.sources import cut_text, describe, find_files, open_corpus
+from fledge.data import text_files
+from fledge.data.sources import describe, open_corpus
+from fledge.data.text_files import cut_text, find_files
 from fledge.errors import UserError
 
 
@@ -95,7 +96,7 @@ def test_cutting_loses_nothing_but_blank_ends(parts: list[str]) -> None:
 def test_multibyte_characters_survive_chunk_borders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 7)
     text = "".join(f"naïve — 世界 {i}\r\n" for i in range(900))
     (tmp_path / "a.txt").write_bytes(text.encode())
     write_jsonl(tmp_path / "b.jsonl", [{"text": text.replace("\r", "")}])

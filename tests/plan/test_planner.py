@@ -96,7 +96,13 @@ def test_parameters_are_counted_exactly(depth: int, tie: bool, kv: int | None) -
     from fledge.model import Transformer
 
     config = scaling.model_config(
-        depth, vocab_size=512, seq_len=64, hidden=128, head=32, key_value_heads=kv, tie=tie
+        depth,
+        vocab_size=512,
+        max_seq_len=64,
+        hidden_size=128,
+        head_dim=32,
+        num_key_value_heads=kv,
+        tie_word_embeddings=tie,
     )
     with torch.device("meta"):
         model = Transformer(config, seed=0)

@@ -12,7 +12,8 @@ import pytest
 from fledge import cli
 from fledge.config import STAGES, TRAINED_STAGES
 from fledge.files import take_lock
-from fledge.run import Run, read_metrics
+from fledge.run import Run
+from fledge.runlog import read_metrics
 from tests.helpers_mini import (
     artefacts,
     assert_three_parts,
@@ -277,6 +278,27 @@ def test_a_second_process_on_the_same_run_is_refused(copy: Path, recipe: Path) -
         assert differences(before, snapshot(copy)) == []
     finally:
         os.close(lock)
+
+
+def test_a_learning_rate_that_is_too_high_is_told_in_words(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ("run", recipe, "--out", out, "--base.matrix_lr", "1e37", "--base.save_every", 1)
+    code, _, err = call(capsys, *words)
+    assert code == 1
+    assert_three_parts(err)
+    rows = read_metrics(out / "base" / "metrics.jsonl")
+    first = next(row["step"] for row in rows if row["loss"] is None)
+    assert [row["loss"] for row in rows[first - 1 :]] == [None] * 10
+    assert f"base diverged: up to step {first + 9} the loss" in err
+    assert "learning rate is too high" in err
+    kept = (out / "base" / "LATEST").read_text().strip()
+    assert kept == f"step_{first - 1:06d}"
+    assert f"--restart base; {kept} is kept" in err
+    assert records(out)["base"]["status"] == "failed"
+    words = ("run", recipe, "--out", out, "--restart", "base", "--until", "base")
+    assert call(capsys, *words)[0] == 0
 
 
 # -- the other verbs on a run --------------------------------------------------------------------

@@ -6,11 +6,11 @@ import torch
 from tests.model.test_transformer import CONFIG, random_model
 
 from fledge.data.loader import Loader
-from fledge.errors import Interrupted
+from fledge.errors import Interrupted, UserError
 from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
-from fledge.train.loop import Cadence, accumulate, train
+from fledge.train.loop import Job, accumulate, train
 
 RATES = LearningRates(0.01, 0.05, 0.01, 0.01, 0.0)
 SCHEDULE = Schedule(steps=6, warmup_steps=1, cooldown_fraction=0.5, final_lr_fraction=0.1)
@@ -42,17 +42,13 @@ class Hooks:
     def stop_requested(self):
         return self.stop_at is not None and len(self.rows) >= self.stop_at
 
+    def diverged(self, step):
+        return UserError(f"diverged at {step}", "why", "fix")
+
 
 def run(model, optimizers, loader, hooks, start=0):
-    train(
-        model=model,
-        optimizers=optimizers,
-        loader=loader,
-        schedule=SCHEDULE,
-        cadence=Cadence(rows_per_step=4, device_batch_size=3, eval_every=3, save_every=4),
-        hooks=hooks,
-        start=start,
-    )
+    job = Job(model, optimizers, SCHEDULE, hooks, eval_every=3, save_every=4, start=start)
+    train(job, loader, rows_per_step=4, device_batch_size=3)
 
 
 def fresh():
@@ -107,19 +103,35 @@ def test_stopping_saves_and_resuming_equals_never_having_stopped():
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_a_poisoned_model_is_given_up_after_some_steps():
-    model, optimizers, loader = fresh()
-    with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
+def test_a_loss_that_stays_non_finite_ends_training_and_saves_nothing_unsound():
+    model, optimizers, _ = fresh()
     hooks = Hooks()
-    long = Schedule(40, 0, 0.0, 0.1)
-    with pytest.raises(RuntimeError, match="not finite"):
-        train(
-            model=model,
-            optimizers=optimizers,
-            loader=loader,
-            schedule=long,
-            cadence=Cadence(2, 2, 100, 100),
-            hooks=hooks,
-        )
-    assert len(hooks.rows) == 10 and all(row["skipped"] == 1 for row in hooks.rows)
+
+    class Poisoned(Loader):
+        """The first five batches are sound; then the weights are not."""
+
+        def batch(self, rows):
+            if len(hooks.rows) == 5:
+                with torch.no_grad():
+                    model.model.norm.weight.fill_(float("nan"))
+            return super().batch(rows)
+
+    poisoned = Poisoned(Counting(), row_tokens=16, pad_id=0, split=True)
+    job = Job(model, optimizers, Schedule(40, 0, 0.0, 0.1), hooks, eval_every=100, save_every=2)
+    with pytest.raises(UserError, match="diverged at 15"):
+        train(job, poisoned, rows_per_step=2, device_batch_size=2)
+    assert hooks.saved == [2, 4]
+    assert [row.get("skipped", 0) for row in hooks.rows] == [0] * 5 + [1] * 10
+
+
+def test_a_single_non_finite_loss_is_skipped():
+    model, optimizers, loader = fresh()
+    hooks = Hooks()
+    healthy = model.loss_sum
+    losses = iter([1.0, float("nan"), 1.0, 1.0, 1.0, 1.0])
+    model.loss_sum = lambda *args: healthy(*args) * next(losses)  # type: ignore[method-assign]
+    job = Job(model, optimizers, SCHEDULE, hooks, eval_every=3, save_every=2)
+    train(job, loader, rows_per_step=2, device_batch_size=2)
+    assert [row.get("skipped", 0) for row in hooks.rows] == [0, 1, 0, 0, 0, 0]
+    assert hooks.saved == [4, 6]
+    assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -6,9 +6,11 @@ from tests.helpers_model import tiny_model, tiny_tokenizer
 
 from fledge.engine import Completion, Engine
 from fledge.engine.tools import Tools
+from fledge.errors import UserError
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
 from fledge.train import rl
+from fledge.train.loop import Job
 
 TOKENIZER = tiny_tokenizer()
 
@@ -72,22 +74,23 @@ class Hooks:
     def stop_requested(self):
         return False
 
+    def diverged(self, step):
+        return UserError("what", "why", "fix")
+
 
 def test_reward_rises_on_a_toy_problem():
     """Say an even token: learnt within thirty steps from about one half."""
     model = tiny_model(TOKENIZER.vocab_size)
     hooks = Hooks()
     with Tools() as tools:
+        optimizers = Optimizers(model, LearningRates(0.02, 0.05, 0.02, 0.01, 0.0))
         rl.train_rl(
-            model=model,
+            Job(model, optimizers, Schedule(30, 0, 0.0, 1.0), hooks, 100, 100),
             engine=Engine(model, TOKENIZER),
             tools=tools,
-            optimizers=Optimizers(model, LearningRates(0.02, 0.05, 0.02, 0.01, 0.0)),
             problem=lambda i: ({}, [i % 7 + 1]),
             reward=lambda item, ids: sum(t % 2 == 0 for t in ids) / len(ids),
-            schedule=Schedule(30, 0, 0.0, 1.0),
-            config=rl.RlConfig(4, 8, 4, 1.0, 0, 100, 100),
-            hooks=hooks,
+            config=rl.RlConfig(4, 8, 4, 1.0, 0),
         )
     rewards = [row["reward"] for row in hooks.rows]
     assert sum(rewards[:3]) / 3 < 0.65 and sum(rewards[-3:]) / 3 > 0.9

@@ -1,8 +1,8 @@
 """`fledge bench`: measurements of this machine, each beside a peer measured in the same run.
 
 `BENCHES` names what can be measured; one module each, whose function returns rows of results. A
-further bench is a module and an entry. Called by the command line only. A bench prints ratios and gates
-on nothing: how fast a machine is, is no test.
+further bench is a module and an entry. Called by the command line only. A bench prints ratios and
+gates on nothing: how fast a machine is, is no test.
 """
 
 from __future__ import annotations

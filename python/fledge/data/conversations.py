@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
-from fledge.data.sources import SourceFile, find_files, read_lines
 from fledge.data.task_files import NOT_FOR_CHAT, JsonRows, TaskData
+from fledge.data.text_files import SourceFile, find_files, read_lines
 from fledge.errors import UserError
 
 Conversation = dict[str, Any]

@@ -7,7 +7,7 @@ Pure Python and numpy; deterministic: the rows are a function of the order of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,9 +94,3 @@ class Packer:
         self.cursor = state["cursor"]
         self.buffer = [(document, start) for document, start in state["buffer"]]
         self._pieces = {}
-
-
-def rows_of(packer: Packer) -> Iterator[Piece]:
-    """Endless rows."""
-    while True:
-        yield packer.row()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from fledge.data import hub
-from fledge.data.sources import SourceFile, find_files, json_lines
+from fledge.data.text_files import SourceFile, find_files, json_lines
 from fledge.errors import UserError
 
 Row = dict[str, Any]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.scheduler import Scheduler, Sequence, ToolHook, pad_right
@@ -57,15 +58,13 @@ class Engine:
         self, prompts: list[list[int]], params: SamplingParams, tools: Tools | None = None
     ) -> list[list[Completion]]:
         """`params.n` completions of every prompt, in the order of the prompts."""
-        self._check(prompts)
         rows = [
             Sequence(prompt, index, choice)
             for index, prompt in enumerate(prompts)
             for choice in range(params.n)
         ]
-        if rows:
-            for _ in self._scheduler(params, tools).run(rows):
-                pass
+        for _ in self._run(rows, params, tools):
+            pass
         done: list[list[Completion]] = [[] for _ in prompts]
         for row in rows:
             assert row.finish_reason is not None
@@ -78,19 +77,14 @@ class Engine:
         self, prompt: list[int], params: SamplingParams, tools: Tools | None = None
     ) -> Iterator[int]:
         """The tokens of one completion as they come, forced ones and the end token included."""
-        self._check([prompt])
-        row = Sequence(prompt, 0, 0)
-        for _ in self._scheduler(params, tools).run([row]):
+        for row in self._run([Sequence(prompt, 0, 0)], params, tools):
             yield row.ids[-1]
 
     @torch.inference_mode()
     def score(self, rows: list[list[int]]) -> list[list[float]]:
         """Log-probability of every token given those before it; the first of a row gets 0.0."""
-        self._check(rows)
         result: list[list[float]] = [[] for _ in rows]
-        for group in _by_length(rows):
-            ids, last = pad_right([rows[i] for i in group])
-            ids = ids.to(self.model.cos.device)
+        for group, ids, last in self._batches(rows):
             losses = self.model.token_losses(ids[:, :-1], ids[:, 1:])
             for i, end, row_losses in zip(group, last.tolist(), losses.tolist(), strict=True):
                 result[i] = [0.0] + [-x for x in row_losses[:end]]
@@ -99,22 +93,38 @@ class Engine:
     @torch.inference_mode()
     def next_logprobs(self, prompts: list[list[int]], candidates: list[int]) -> list[list[float]]:
         """Log-probabilities of `candidates` as the token right after each prompt."""
-        self._check(prompts)
         result: list[list[float]] = [[] for _ in prompts]
-        for group in _by_length(prompts):
-            ids, last = pad_right([prompts[i] for i in group])
-            hidden = self.model.hidden(ids.to(self.model.cos.device))
-            logits = self.model.lm_head(hidden[torch.arange(len(group)), last])
+        for group, ids, last in self._batches(prompts):
+            logits = self.model.lm_head(self.model.hidden(ids)[torch.arange(len(group)), last])
             table = logits.float().log_softmax(dim=-1)[:, candidates]
             for i, row in zip(group, table.tolist(), strict=True):
                 result[i] = row
         return result
 
-    def _scheduler(self, params: SamplingParams, tools: Tools | None) -> Scheduler:
-        hook = None if tools is None else self._tool_hook(tools)
+    def _batches(self, rows: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """(indices, padded ids, places of the last tokens) of groups of like length, longest first,
+        at most SCORE_TOKENS padded tokens each."""
+        self._check(rows)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        while order:
+            count = max(1, SCORE_TOKENS // len(rows[order[0]]))
+            group, order = order[:count], order[count:]
+            ids, last = pad_right([rows[i] for i in group])
+            yield group, ids.to(self.model.cos.device), last
+
+    def _run(
+        self, rows: list[Sequence], params: SamplingParams, tools: Tools | None
+    ) -> Iterator[Sequence]:
+        """The rows, each time one of them has a new token."""
+        self._check([row.prompt for row in rows])
         return Scheduler(
-            self.model, params, slots=self.slots, stop_ids=self.stop_ids, tool_hook=hook
-        )
+            self.model,
+            params,
+            rows,
+            slots=self.slots,
+            stop_ids=self.stop_ids,
+            tool_hook=None if tools is None else self._tool_hook(tools),
+        ).run()
 
     def _tool_hook(self, tools: Tools) -> ToolHook:
         """Runs a row's python block when it closes; its output comes back as forced tokens."""
@@ -147,12 +157,3 @@ class Engine:
                     f"the model reads at most {limit} tokens, prompt and answer together",
                     "shorten the prompt, or raise model.max_seq_len and train again",
                 )
-
-
-def _by_length(rows: list[list[int]]) -> Iterator[list[int]]:
-    """Indices in groups of like length, longest first, at most SCORE_TOKENS padded tokens each."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    while order:
-        count = max(1, SCORE_TOKENS // max(1, len(rows[order[0]])))
-        yield order[:count]
-        order = order[count:]

@@ -15,7 +15,7 @@ from typing import Any
 
 from fledge.engine import Engine, SamplingParams
 from fledge.engine.tools import Tools
-from fledge.evals.tasks.base import Task
+from fledge.evals.tasks.base import Item, Task
 from fledge.stats import wilson_interval
 from fledge.tokenizer.chat import render_prompt
 from fledge.tokenizer.reply import answer_text, split_parts
@@ -37,18 +37,12 @@ class TaskResult:
 
     def summary(self) -> dict[str, Any]:
         """Without the records; the shape of a score in report.json."""
-        summary = {
-            "value": self.value,
-            "low": self.low,
-            "high": self.high,
-            "n": self.n,
-            "chance": self.chance,
-            "unit": "accuracy",
-        }
-        return summary | ({"note": self.note} if self.note else {})
+        score = {key: getattr(self, key) for key in ("value", "low", "high", "n", "chance")}
+        score |= {"unit": "accuracy", **({"note": self.note} if self.note else {})}
+        return score | {"seconds": round(self.seconds, 3)}
 
 
-def pick_items(items: list[dict[str, Any]], max_examples: int | None) -> list[dict[str, Any]]:
+def pick_items(items: list[Item], max_examples: int | None) -> list[Item]:
     """All items, or a fixed random sample of them in their own order."""
     if max_examples is None or len(items) <= max_examples:
         return items
@@ -62,36 +56,32 @@ def score_task(
     """Examines the engine's model on a task. Prompts that do not fit count as wrong, and say so."""
     began = time.perf_counter()
     items = pick_items(task.items(), max_examples)
-    tokenizer = engine.tokenizer
     limit = engine.model.config.max_position_embeddings
     room = min(task.max_new_tokens, limit // 2) if task.kind != "choice" else 1
-    prompts = [render_prompt(tokenizer, item["messages"]) for item in items]
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) + room <= limit]
-    replies: list[dict[str, Any]] = [
-        {"output": "", "parts": [], "finish": "too_long"} for _ in items
-    ]
-    fitting = [prompts[i] for i in fits]
+    asked = enumerate(render_prompt(engine.tokenizer, item["messages"]) for item in items)
+    prompts = {i: prompt for i, prompt in asked if len(prompt) + room <= limit}
+    fitting, ids = [items[i] for i in prompts], list(prompts.values())
     if task.kind == "choice":
-        found = _choose(engine, fitting, [items[i]["letters"] for i in fits])
+        found = _choose(engine, ids, fitting)
     elif task.kind == "reply":
-        found = _likeliest_reply(engine, fitting, [items[i] for i in fits])
+        found = _likeliest_reply(engine, ids, fitting)
     else:
-        found = _generate(engine, fitting, task, tools, room)
-    for i, reply in zip(fits, found, strict=True):
-        replies[i] = reply
-    records = [
-        {
-            "id": item["id"],
-            "question": _last_user_text(item["messages"]),
-            "answer": item["answer"],
-            **reply,
-            "correct": reply["finish"] != "too_long" and bool(task.grade(item, reply["output"])),
-        }
-        for item, reply in zip(items, replies, strict=True)
-    ]
-    correct = sum(r["correct"] for r in records)
+        found = _generate(engine, ids, tools, room)
+    replies = dict(zip(prompts, found, strict=True))
+    records = []
+    for i, item in enumerate(items):
+        reply = replies.get(i, _reply("", [], "too_long"))
+        records.append(
+            {
+                "id": item["id"],
+                "question": _last_user_text(item["messages"]),
+                "answer": item["answer"],
+                **reply,
+                "correct": i in replies and bool(task.grade(item, reply["output"])),
+            }
+        )
+    correct, too_long = sum(r["correct"] for r in records), len(items) - len(prompts)
     low, high = wilson_interval(correct, len(records))
-    too_long = len(items) - len(fits)
     notes = [note] if (note := getattr(task, "note", None)) else []  # how it was examined
     if too_long:
         notes.append(f"{too_long} prompts longer than {limit} tokens count as wrong")
@@ -108,36 +98,37 @@ def score_task(
     )
 
 
+def _reply(text: str, parts: list[dict[str, str]], finish: str) -> dict[str, Any]:
+    return {"output": text, "parts": parts, "finish": finish}
+
+
+def _chosen(text: str) -> dict[str, Any]:
+    return _reply(text, [{"type": "text", "text": text}], "choice")
+
+
 def _generate(
-    engine: Engine, prompts: list[list[int]], task: Task, tools: Tools, room: int
+    engine: Engine, prompts: list[list[int]], tools: Tools, room: int
 ) -> list[dict[str, Any]]:
-    params = SamplingParams(max_tokens=room)
     replies = []
-    for (completion,) in engine.generate(prompts, params, tools):
+    for (completion,) in engine.generate(prompts, SamplingParams(max_tokens=room), tools):
         parts = split_parts(engine.tokenizer, completion.ids)
-        text = answer_text(parts)
-        replies.append({"output": text, "parts": parts, "finish": completion.finish_reason})
+        replies.append(_reply(answer_text(parts), parts, completion.finish_reason))
     return replies
 
 
-def _choose(
-    engine: Engine, prompts: list[list[int]], letters: list[list[str]]
-) -> list[dict[str, Any]]:
+def _choose(engine: Engine, prompts: list[list[int]], items: list[Item]) -> list[dict[str, Any]]:
     """The likeliest letter right after <|assistant_start|> (nanochat's chat_eval)."""
-    alphabet = sorted({letter for group in letters for letter in group})
+    alphabet = sorted({letter for item in items for letter in item["letters"]})
     ids = [engine.tokenizer.encode(letter)[0] for letter in alphabet]
-    place = {letter: i for i, letter in enumerate(alphabet)}
     replies = []
-    for logprobs, group in zip(engine.next_logprobs(prompts, ids), letters, strict=True):
-        best = max(group, key=lambda letter: logprobs[place[letter]])
-        replies.append(
-            {"output": best, "parts": [{"type": "text", "text": best}], "finish": "choice"}
-        )
+    for row, item in zip(engine.next_logprobs(prompts, ids), items, strict=True):
+        logprobs = dict(zip(alphabet, row, strict=True))
+        replies.append(_chosen(max(item["letters"], key=logprobs.__getitem__)))
     return replies
 
 
 def _likeliest_reply(
-    engine: Engine, prompts: list[list[int]], items: list[dict[str, Any]]
+    engine: Engine, prompts: list[list[int]], items: list[Item]
 ) -> list[dict[str, Any]]:
     """The option whose reply has the highest mean log-probability per token (CORE's rule)."""
     tokenizer = engine.tokenizer
@@ -151,16 +142,8 @@ def _likeliest_reply(
     for prompt, item in zip(prompts, items, strict=True):
         tails = [next(scores)[len(prompt) :] for _ in item["replies"]]
         means = [sum(tail) / len(tail) for tail in tails]
-        best = max(range(len(means)), key=lambda i: means[i])
-        text = item["replies"][best]
-        replies.append(
-            {
-                "output": text,
-                "parts": [{"type": "text", "text": text}],
-                "finish": "choice",
-                "mean_logprobs": [round(mean, 5) for mean in means],
-            }
-        )
+        best = item["replies"][means.index(max(means))]
+        replies.append(_chosen(best) | {"mean_logprobs": [round(mean, 5) for mean in means]})
     return replies
 
 

@@ -33,11 +33,6 @@ class CacheView:
     length: int
     fresh: bool
 
-    def slot_indices(self) -> Tensor:
-        if self.rows is not None:
-            return self.rows
-        return torch.arange(self.positions.shape[0], device=self.positions.device)
-
     def mask(self) -> Tensor:
         """[B, 1, T, L] True where a query may look: every earlier position of its own slot."""
         keys = torch.arange(self.length, device=self.positions.device)
@@ -88,7 +83,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None
         if view is not None:
-            view.cache.write(self.layer, view.slot_indices(), view.positions, k, v)
+            view.cache.write(self.layer, view.rows, view.positions, k, v)
             if not view.fresh:
                 k, v = view.cache.read(self.layer, view.rows, view.length)
                 mask = view.mask()

@@ -28,8 +28,12 @@ class KVCache:
     def slots(self) -> int:
         return self.keys[0].shape[0]
 
-    def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores k, v [b, H_kv, T, K] of slots `rows` [b] at `positions` [b, T]."""
+    def write(
+        self, layer: int, rows: Tensor | None, positions: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        """Stores k, v [b, H_kv, T, K] of slots `rows` [b] (None = all) at `positions` [b, T]."""
+        if rows is None:
+            rows = torch.arange(len(positions), device=positions.device)
         where = (rows[:, None], slice(None), positions)
         self.keys[layer][where] = k.transpose(1, 2)  # advanced indices move to the front
         self.values[layer][where] = v.transpose(1, 2)

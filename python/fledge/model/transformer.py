@@ -7,7 +7,6 @@ Never knows about tokens' text, files of a run, or optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -119,12 +118,6 @@ class Transformer(nn.Module):
     def new_cache(self, slots: int, max_len: int) -> KVCache:
         """An empty cache on the model's device."""
         return KVCache(self.config, slots, max_len, device=self.cos.device)
-
-    def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The 2-D weights of the blocks: what Muon trains and what the scaling rules count."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2 and name.startswith("model.layers."):
-                yield name, parameter
 
     def save(self, folder: str | Path) -> None:
         """Writes the Hugging Face weights and configs into an existing folder."""

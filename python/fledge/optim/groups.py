@@ -7,22 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fledge.optim.muon import Muon
-
-
-class Trainable(Protocol):
-    """What the optimizers need of a model: its parameters by name, and which Muon trains."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def matrices(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 @dataclass(frozen=True)
@@ -35,28 +26,27 @@ class LearningRates:
     norm_lr: float
     weight_decay: float
 
+    @classmethod
+    def of(cls, section: Any) -> LearningRates:
+        """Those of anything that has them as attributes, such as a planned [base]."""
+        return cls(*(getattr(section, field.name) for field in fields(cls)))
+
     def scaled(self, share: float) -> LearningRates:
-        return LearningRates(
-            self.matrix_lr * share,
-            self.embed_lr * share,
-            self.head_lr * share,
-            self.norm_lr * share,
-            self.weight_decay,
-        )
+        """The rates times `share`; the decay is multiplied by the rate anyway."""
+        names = ("matrix_lr", "embed_lr", "head_lr", "norm_lr")
+        return replace(self, **{name: getattr(self, name) * share for name in names})
 
 
 class Optimizers:
     """Muon and AdamW over one model, stepped together."""
 
-    def __init__(self, model: Trainable, rates: LearningRates) -> None:
-        self.names = {p: name for name, p in model.named_parameters()}
-        matrices = [p for _, p in model.matrices()]
-        inside = set(matrices)
-        embed, head, norms = [], [], []
+    def __init__(self, model: nn.Module, rates: LearningRates) -> None:
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        matrices, embed, head, norms = [], [], [], []
         for name, parameter in model.named_parameters():
-            if parameter in inside:
-                continue
-            if "embed_tokens" in name:
+            if parameter.ndim == 2 and name.startswith("model.layers."):
+                matrices.append(parameter)
+            elif "embed_tokens" in name:
                 embed.append(parameter)
             elif "lm_head" in name:
                 head.append(parameter)
@@ -99,7 +89,6 @@ class Optimizers:
             f"{self.names[parameter]}/{key}": value.detach().cpu().contiguous()
             for optimizer in self.all
             for parameter, state in optimizer.state.items()
-            if isinstance(parameter, nn.Parameter)
             for key, value in state.items()
         }
 

@@ -21,20 +21,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class LearningRates:
-    """Peak learning rates with the rule that each follows."""
-
-    matrix: float
-    embed: float
-    head: float
-    norm: float
-    matrix_rule: str
-    embed_rule: str
-    head_rule: str
-    norm_rule: str
-
-
-@dataclass(frozen=True)
 class Defaults:
     """The table. A change here changes every recipe that leaves the key out."""
 
@@ -108,33 +94,38 @@ class Defaults:
     memory_share: float = 0.6
     cpu_tokens_per_pass: int = 8192
 
-    def learning_rates(self, model: ModelConfig, batch: int) -> LearningRates:
-        """Peak rates for a network and a batch (in tokens)."""
-        del batch  # no rule looks at it yet
-        if model.num_hidden_layers < 8 and not model.tie_word_embeddings:
+    def rates(self, model: ModelConfig) -> dict[str, tuple[float, str]]:
+        """Peak learning rates and weight decay of a network: key of [base] -> (value, rule)."""
+        small = model.num_hidden_layers < 8
+        decay = (
+            (self.small_weight_decay, "none below depth 8: a short run has nothing to forget")
+            if small
+            else (self.weight_decay, "house default for Muon")
+        )
+        if small and not model.tie_word_embeddings:
             rule = "tuned for small depths on the almanac (docs/log.md)"
-            rates = (
-                self.small_matrix_lr,
-                self.small_embed_lr,
-                self.small_head_lr,
-                self.small_norm_lr,
-            )
-            return LearningRates(*rates, rule, rule, rule, rule)
+            return {
+                "matrix_lr": (self.small_matrix_lr, rule),
+                "embed_lr": (self.small_embed_lr, rule),
+                "head_lr": (self.small_head_lr, rule),
+                "norm_lr": (self.small_norm_lr, rule),
+                "weight_decay": decay,
+            }
         if model.tie_word_embeddings:
             embed, rule = self.tied_embed_lr, f"{self.tied_embed_lr:g}: the table is also the head"
         else:
             embed = self.untied_embed_lr * math.sqrt(768 / model.hidden_size)
             rule = f"{self.untied_embed_lr:g} x (hidden_size / 768)^-0.5, as nanochat"
-        return LearningRates(
-            matrix=self.matrix_lr,
-            embed=embed,
-            head=self.head_lr * math.sqrt(768 / model.hidden_size),
-            norm=self.norm_lr,
-            matrix_rule=f"{self.matrix_lr:g}, Muon's usual rate at every width",
-            embed_rule=rule,
-            head_rule=f"{self.head_lr:g} x (hidden_size / 768)^-0.5, as nanochat (untied only)",
-            norm_rule=f"{self.norm_lr:g} at every width",
-        )
+        return {
+            "matrix_lr": (self.matrix_lr, f"{self.matrix_lr:g}, Muon's usual rate at every width"),
+            "embed_lr": (embed, rule),
+            "head_lr": (
+                self.head_lr * math.sqrt(768 / model.hidden_size),
+                f"{self.head_lr:g} x (hidden_size / 768)^-0.5, as nanochat (untied only)",
+            ),
+            "norm_lr": (self.norm_lr, f"{self.norm_lr:g} at every width"),
+            "weight_decay": decay,
+        }
 
 
 DEFAULTS = Defaults()

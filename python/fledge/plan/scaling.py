@@ -27,13 +27,13 @@ class Counts:
 
 
 RULES: dict[str, str] = {
-    "model.hidden_size": "64 x depth, from depth 6 rounded up to a multiple of 128",
-    "model.head_dim": "64 below depth 8 (so that a small model has several heads), else 128",
-    "model.num_key_value_heads": "as many as query heads: at this size the cache is no burden",
-    "model.intermediate_size": "8/3 x hidden_size, rounded up to a multiple of 64 (gated layer)",
-    "model.max_seq_len": "256 up to depth 2, 512 below depth 8, else 2048",
-    "model.tie_word_embeddings": "separate: tied lost 0.08 bpb at equal tokens (docs/log.md)",
-    "model.rope_theta": "10,000: enough for contexts up to a few thousand tokens",
+    "hidden_size": "64 x depth, from depth 6 rounded up to a multiple of 128",
+    "head_dim": "64 below depth 8 (so that a small model has several heads), else 128",
+    "num_key_value_heads": "as many as query heads: at this size the cache is no burden",
+    "intermediate_size": "8/3 x hidden_size, rounded up to a multiple of 64 (gated layer)",
+    "max_seq_len": "256 up to depth 2, 512 below depth 8, else 2048",
+    "tie_word_embeddings": "separate: tied lost 0.08 bpb at equal tokens (docs/log.md)",
+    "rope_theta": "10,000: enough for contexts up to a few thousand tokens",
 }
 
 
@@ -42,23 +42,23 @@ def round_up(number: float, multiple: int) -> int:
     return -int(-number // multiple) * multiple
 
 
-def hidden_size(depth: int) -> int:
-    """Width of the residual stream: a fixed aspect ratio of 64 per layer, as nanochat does."""
+def width(depth: int) -> int:
+    """Of the residual stream: a fixed aspect ratio of 64 per layer, as nanochat does."""
     return round_up(64 * depth, 128) if depth >= 6 else 64 * depth
 
 
-def head_dim(depth: int) -> int:
-    """Width of a head."""
+def head_width(depth: int) -> int:
+    """Of one attention head."""
     return 64 if depth < 8 else 128
 
 
-def intermediate_size(hidden: int) -> int:
-    """Width of the gated feed-forward layer: 8/3 keeps the parameters of a plain 4x layer."""
-    return round_up(8 * hidden / 3, 64)
+def feed_forward_width(hidden_size: int) -> int:
+    """Of the gated feed-forward layer: 8/3 keeps the parameters of a plain 4x layer."""
+    return round_up(8 * hidden_size / 3, 64)
 
 
-def max_seq_len(depth: int) -> int:
-    """Training context."""
+def context(depth: int) -> int:
+    """In training, in tokens."""
     if depth <= 2:
         return 256
     return 512 if depth < 8 else 2048
@@ -68,30 +68,30 @@ def model_config(
     depth: int,
     *,
     vocab_size: int,
-    seq_len: int | None = None,
-    hidden: int | None = None,
-    intermediate: int | None = None,
-    head: int | None = None,
-    key_value_heads: int | None = None,
-    tie: bool | None = None,
-    rope_theta: float | None = None,
     arch: str = "qwen3",
+    max_seq_len: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    head_dim: int | None = None,
+    num_key_value_heads: int | None = None,
+    tie_word_embeddings: bool | None = None,
+    rope_theta: float | None = None,
 ) -> ModelConfig:
-    """The network of a depth; whatever is given wins over the rule."""
-    width = hidden or hidden_size(depth)
-    per_head = head or min(head_dim(depth), width)
-    heads = max(1, width // per_head)
+    """The network of a depth; whatever is given of [model]'s keys wins over the rule."""
+    hidden_size = hidden_size or width(depth)
+    head_dim = head_dim or min(head_width(depth), hidden_size)
+    heads = hidden_size // head_dim
     return ModelConfig(
         vocab_size=vocab_size,
-        hidden_size=width,
+        hidden_size=hidden_size,
         num_hidden_layers=depth,
         num_attention_heads=heads,
-        num_key_value_heads=key_value_heads or heads,
-        head_dim=per_head,
-        intermediate_size=intermediate or intermediate_size(width),
-        max_position_embeddings=seq_len or max_seq_len(depth),
+        num_key_value_heads=num_key_value_heads or heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size or feed_forward_width(hidden_size),
+        max_position_embeddings=max_seq_len or context(depth),
         rope_theta=rope_theta or 10000.0,
-        tie_word_embeddings=False if tie is None else tie,
+        tie_word_embeddings=bool(tie_word_embeddings),
         arch=arch,
     )
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from fledge import files
+from fledge.engine import Engine, SamplingParams
+from fledge.model import Transformer
 from fledge.stages.context import StageContext
-from fledge.stages.training import continuations, run_training, write_samples
+from fledge.stages.training import run_training, write_samples
+
+SAMPLE_TOKENS = 48
 
 
 def run(ctx: StageContext, *, resume: bool) -> None:
     """Trains from fresh weights on the material's documents, measured in bits per byte."""
-    tokenizer = ctx.tokenizer()
     bound = ctx.material.entropy_per_byte()
     if bound is not None:
         files.write_json(ctx.run.entropy_file, {"bits_per_byte": bound})
@@ -17,12 +20,22 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     model = run_training(
         ctx,
         "base",
-        section=ctx.recipe.base,
-        documents=ctx.material.texts("train", tokenizer),
-        validation=ctx.material.texts("val", tokenizer),
+        documents=ctx.material.texts("train", ctx.tokenizer),
+        validation=ctx.material.texts("val", ctx.tokenizer),
         split=True,
-        previous=None,
         resume=resume,
     )
-    pairs = continuations(model, tokenizer, ctx.material.sample_prompts())
-    write_samples(ctx.run.samples_file("base"), "What base writes on its own", pairs)
+    write_samples(ctx, "base", "What base writes on its own", continuations(ctx, model))
+
+
+def continuations(ctx: StageContext, model: Transformer) -> list[tuple[str, str]]:
+    """Greedy continuations of raw text; a prompt longer than half the context is cut short."""
+    model.eval()
+    engine, tokenizer = Engine(model, ctx.tokenizer), ctx.tokenizer
+    prompts, room = ctx.material.sample_prompts(), model.config.max_position_embeddings // 2
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:room] for prompt in prompts]
+    done = engine.generate(ids, SamplingParams(max_tokens=SAMPLE_TOKENS))
+    return [
+        (prompt, prompt + tokenizer.decode([i for i in reply.ids if i not in engine.stop_ids]))
+        for prompt, (reply,) in zip(prompts, done, strict=True)
+    ]

@@ -9,54 +9,41 @@ from fledge.model import Transformer
 from fledge.stages.context import StageContext
 from fledge.stages.material import ChatStage
 from fledge.stages.training import run_training, write_samples
-from fledge.tokenizer import Tokenizer
 from fledge.tokenizer.chat import render_prompt
 from fledge.tokenizer.reply import split_parts
 
+SAMPLE_TOKENS = 96
 
-def run_chats(ctx: StageContext, stage: ChatStage, *, previous: str, resume: bool) -> None:
+
+def run_chats(ctx: StageContext, stage: ChatStage, *, resume: bool) -> None:
     """Trains `stage` on its mixture of conversations; only assistant tokens are trained on."""
-    tokenizer = ctx.tokenizer()
     room = ctx.run.model.max_position_embeddings
-    documents, shares = ctx.material.chats(stage, "train", tokenizer, max_tokens=room)
-    validation, _ = ctx.material.chats(stage, "val", tokenizer, max_tokens=room)
+    documents, shares = ctx.material.chats(stage, "train", ctx.tokenizer, max_tokens=room)
+    validation, _ = ctx.material.chats(stage, "val", ctx.tokenizer, max_tokens=room)
     files.write_json(ctx.run.mixture_file(stage), shares)
     table = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
     ctx.progress.note(f"{stage}: mixture by conversations: {table}")
     model = run_training(
-        ctx,
-        stage,
-        section=getattr(ctx.recipe, stage),
-        documents=documents,
-        validation=validation,
-        split=False,
-        previous=previous,
-        resume=resume,
+        ctx, stage, documents=documents, validation=validation, split=False, resume=resume
     )
-    pairs = replies(model, tokenizer, ctx.material.sample_questions())
-    write_samples(ctx.run.samples_file(stage), f"What {stage} answers", pairs)
+    write_replies(ctx, stage, model)
 
 
-def replies(
-    model: Transformer, tokenizer: Tokenizer, questions: list[str]
-) -> list[tuple[str, str]]:
-    """Greedy answers with tools, tool traces in brackets; a question too long is left out."""
+def write_replies(ctx: StageContext, stage: str, model: Transformer) -> None:
+    """samples.md: greedy answers, tool traces in brackets; a question too long is left out."""
     model.eval()
-    engine = Engine(model, tokenizer)
     asked = {
-        question: render_prompt(tokenizer, [{"role": "user", "content": question}])
-        for question in questions
+        question: render_prompt(ctx.tokenizer, [{"role": "user", "content": question}])
+        for question in ctx.material.sample_questions()
     }
     room = model.config.max_position_embeddings
     asked = {question: prompt for question, prompt in asked.items() if len(prompt) < room}
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS)
     with Tools() as tools:
-        done = engine.generate(list(asked.values()), SamplingParams(max_tokens=96), tools)
-    shown = []
+        done = Engine(model, ctx.tokenizer).generate(list(asked.values()), params, tools)
+    pairs = []
     for question, (completion,) in zip(asked, done, strict=True):
-        parts = split_parts(tokenizer, completion.ids)
-        text = " ".join(
-            part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"
-            for part in parts
-        )
-        shown.append((question, text))
-    return shown
+        parts = split_parts(ctx.tokenizer, completion.ids)
+        said = [p["text"] if p["type"] == "text" else f"[{p['type']}: {p['text']}]" for p in parts]
+        pairs.append((question, " ".join(said)))
+    write_samples(ctx, stage, f"What {stage} answers", pairs)

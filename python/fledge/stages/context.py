@@ -6,13 +6,15 @@ there. Stages share `stages.training`, never each other's internals.
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 from dataclasses import dataclass
 
 from fledge.config import Recipe
 from fledge.progress import Progress
-from fledge.run import Run, StopRequest
+from fledge.run import Run
+from fledge.runlog import StopRequest
 from fledge.stages.material import Material
 from fledge.tokenizer import Tokenizer
 
@@ -29,6 +31,7 @@ class StageContext:
     device: str
     notes: list[str]  # what was left out of this run and why, for the report
 
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the first stage trained."""
         return Tokenizer.load(self.run.tokenizer_dir)

@@ -30,26 +30,20 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     """Examines the stages that the recipe names; a finished task is skipped on resume."""
     section = ctx.recipe.evaluate
     tasks = ctx.material.tasks(section.tasks)
-    stages = [s for s in section.stages if ctx.run.latest_checkpoint(s) is not None]
+    found = {stage: ctx.run.latest_checkpoint(stage) for stage in section.stages}
+    folders = {stage: folder for stage, folder in found.items() if folder is not None}
     sizes = {task.name: len(pick_items(task.items(), section.max_examples)) for task in tasks}
-    ctx.progress.stage(
-        "evaluate",
-        sum(sizes.values()) * len(stages),
-        "questions",
-        log=ctx.run.log_file("evaluate"),
-    )
+    total, log = sum(sizes.values()) * len(folders), ctx.run.log_file("evaluate")
+    ctx.progress.stage("evaluate", total, "questions", log=log)
     done = 0
-    for stage in stages:
+    for stage, folder in folders.items():
         engine: Engine | None = None
         for task in tasks:
-            path = ctx.run.task_file(stage, task.name)
-            if not path.is_file():
+            if not ctx.run.task_file(stage, task.name).is_file():
                 if engine is None:
-                    checkpoint = ctx.run.latest_checkpoint(stage)
-                    assert checkpoint is not None
-                    verify(checkpoint)
-                    engine = Engine.from_folder(checkpoint)
-                    engine.model.to(ctx.device).eval()
+                    verify(folder)
+                    engine = _open_engine(folder)
+                    engine.model.to(ctx.device)
                 with Tools() as tools:
                     result = score_task(engine, task, tools, max_examples=section.max_examples)
                 write_result(ctx.run, stage, result)
@@ -60,19 +54,19 @@ def run(ctx: StageContext, *, resume: bool) -> None:
         write_chatcore(ctx.run, stage, [task.name for task in tasks])
 
 
+def _open_engine(folder: Path) -> Engine:
+    engine = Engine.from_folder(folder)
+    engine.model.eval()
+    return engine
+
+
 def write_result(run: Run, stage: str, result: TaskResult) -> None:
     """One JSON and one file of records; the JSON comes last and marks the task as done."""
     records = "".join(
         json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in result.records
     )
-    samples = run.task_samples_file(stage, result.name)
-    with files.refusals(samples):
-        samples.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(samples, records)
-    files.write_json(
-        run.task_file(stage, result.name),
-        {"task": result.name, **result.summary(), "seconds": round(result.seconds, 3)},
-    )
+    files.write_text(run.task_samples_file(stage, result.name), records)
+    files.write_json(run.task_file(stage, result.name), {"task": result.name, **result.summary()})
 
 
 def write_chatcore(run: Run, stage: str, names: list[str]) -> None:
@@ -116,14 +110,13 @@ def evaluate_model(
             "; ".join(notes) or "its data offers no task",
             "put task files under FLEDGE_DATA, or name their folder with --data-root",
         )
-    engine = Engine.from_folder(folder)
-    engine.model.eval()
+    engine = _open_engine(folder)
     scores = {}
     began = time.monotonic()
     for task in found:
         with Tools() as tools:
             result = score_task(engine, task, tools, max_examples=max_examples)
-        scores[result.name] = result.summary() | {"seconds": round(result.seconds, 3)}
+        scores[result.name] = result.summary()
     table = {
         "seconds": round(time.monotonic() - began, 3),
         "peak_memory_bytes": peak_memory_bytes(),

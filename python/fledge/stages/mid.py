@@ -8,4 +8,4 @@ from fledge.stages.context import StageContext
 
 def run(ctx: StageContext, *, resume: bool) -> None:
     """Trains base's model on mid's mixture of conversations."""
-    run_chats(ctx, "mid", previous="base", resume=resume)
+    run_chats(ctx, "mid", resume=resume)

@@ -22,7 +22,8 @@ from fledge.config import STAGES, Recipe
 from fledge.errors import Interrupted, UserError
 from fledge.plan import hardware, planner
 from fledge.progress import Progress
-from fledge.run import Run, StopRequest
+from fledge.run import Run
+from fledge.runlog import StopRequest
 from fledge.stages import base, evaluate, mid, rl, sft, tokenizer
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.material import Material, open_material

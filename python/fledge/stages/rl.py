@@ -7,16 +7,11 @@ from typing import Any
 from fledge.engine import Engine, SamplingParams
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
-from fledge.stages.chats import replies
+from fledge.model import Transformer
+from fledge.stages.chats import write_replies
 from fledge.stages.context import StageContext
 from fledge.stages.material import HELD_OUT_PROBLEMS
-from fledge.stages.training import (
-    TrainingHooks,
-    save_checkpoint,
-    schedule_of,
-    start_or_resume,
-    write_samples,
-)
+from fledge.stages.training import TrainedStage
 from fledge.tokenizer.chat import render_prompt
 from fledge.tokenizer.reply import answer_text, split_parts
 from fledge.train.rl import RlConfig, train_rl
@@ -28,21 +23,8 @@ TRY_STRIDE = 100_003  # a prime: far from the problems that other steps take
 
 def run(ctx: StageContext, *, resume: bool) -> None:
     """GRPO on the material's problems, from sft's model."""
-    section = ctx.recipe.rl
-    tokenizer = ctx.tokenizer()
-    assert section.steps is not None and section.lr_scale is not None
-    config = _config(ctx)
-    start = start_or_resume(
-        ctx,
-        "rl",
-        resume=resume,
-        previous="sft",
-        lr_scale=section.lr_scale,
-        save_every=config.save_every,
-    )
-    engine = Engine(start.model, tokenizer)
-
-    room = ctx.run.model.max_position_embeddings
+    section: Any = ctx.recipe.rl  # Any: a planned section has no absent values
+    tokenizer, room = ctx.tokenizer, ctx.run.model.max_position_embeddings
 
     def problem(index: int) -> tuple[dict[str, Any], list[int]]:
         # one that leaves no room for an answer gives way to the next of a fixed sequence
@@ -63,62 +45,33 @@ def run(ctx: StageContext, *, resume: bool) -> None:
         stopped = bool(ids) and ids[-1] == tokenizer.eos_id
         return 1.0 if stopped and ctx.material.grade(item, text) else 0.0
 
-    with Tools() as tools:
+    def evaluate(model: Transformer) -> dict[str, float]:
+        model.eval()
+        held = [problem(HELD_OUT_PROBLEMS + i) for i in range(VALIDATION_PROBLEMS)]
+        params = SamplingParams(max_tokens=section.max_new_tokens)
+        done = Engine(model, tokenizer).generate([prompt for _, prompt in held], params, tools)
+        right = sum(
+            reward(item, completion.ids)
+            for (item, _), (completion,) in zip(held, done, strict=True)
+        )
+        return {"validation_reward": right / len(held)}
 
-        def evaluate() -> dict[str, float]:
-            start.model.eval()
-            held = [problem(HELD_OUT_PROBLEMS + i) for i in range(VALIDATION_PROBLEMS)]
-            params = SamplingParams(max_tokens=config.max_new_tokens)
-            done = engine.generate([prompt for _, prompt in held], params, tools)
-            right = sum(
-                reward(item, completion.ids)
-                for (item, _), (completion,) in zip(held, done, strict=True)
-            )
-            return {"validation_reward": right / len(held)}
-
-        def save(step: int) -> None:
-            save_checkpoint(
-                ctx,
-                "rl",
-                step,
-                model=start.model,
-                optimizers=start.optimizers,
-                tokenizer=tokenizer,
-                state={},
-                save_every=config.save_every,
-            )
-
-        log = ctx.run.log_file("rl")
-        with TrainingHooks(ctx, "rl", evaluate=evaluate, save=save) as hooks:
-            hooks.metrics.truncate_after(start.step)
-            ctx.progress.stage("rl", section.steps, "steps", done=start.step, log=log)
-            train_rl(
-                model=start.model,
-                engine=engine,
-                tools=tools,
-                optimizers=start.optimizers,
-                problem=problem,
-                reward=reward,
-                schedule=schedule_of(section, steps=section.steps),
-                config=config,
-                hooks=hooks,
-                start=start.step,
-            )
-    pairs = replies(start.model, tokenizer, ctx.material.sample_questions())
-    write_samples(ctx.run.samples_file("rl"), "What rl answers", pairs)
-
-
-def _config(ctx: StageContext) -> RlConfig:
-    section = ctx.recipe.rl
-    assert section.prompts_per_step is not None and section.samples_per_prompt is not None
-    assert section.max_new_tokens is not None and section.temperature is not None
-    assert section.eval_every is not None and section.save_every is not None
-    return RlConfig(
-        prompts_per_step=section.prompts_per_step,
-        samples_per_prompt=section.samples_per_prompt,
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        seed=section.seed,
-        eval_every=section.eval_every,
-        save_every=section.save_every,
-    )
+    with (
+        Tools() as tools,
+        TrainedStage(ctx, "rl", steps=section.steps, resume=resume, evaluate=evaluate) as training,
+    ):
+        train_rl(
+            training.job,
+            engine=Engine(training.job.model, tokenizer),
+            tools=tools,
+            problem=problem,
+            reward=reward,
+            config=RlConfig(
+                section.prompts_per_step,
+                section.samples_per_prompt,
+                section.max_new_tokens,
+                section.temperature,
+                section.seed,
+            ),
+        )
+    write_replies(ctx, "rl", training.job.model)

@@ -8,4 +8,4 @@ from fledge.stages.context import StageContext
 
 def run(ctx: StageContext, *, resume: bool) -> None:
     """Trains mid's model on sft's mixture of conversations."""
-    run_chats(ctx, "sft", previous="mid", resume=resume)
+    run_chats(ctx, "sft", resume=resume)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fledge import files
 from fledge.stages.context import StageContext
 from fledge.tokenizer import Tokenizer
@@ -9,9 +11,8 @@ from fledge.tokenizer import Tokenizer
 
 def run(ctx: StageContext, *, resume: bool) -> None:
     """Trains the tokenizer on the first bytes of the training documents (nothing to resume)."""
-    section = ctx.recipe.tokenizer
-    limit = section.train_bytes
-    assert section.vocab_size is not None and limit is not None
+    section: Any = ctx.recipe.tokenizer  # Any: a planned section has no absent values
+    limit: int = section.train_bytes
     ctx.progress.stage("tokenizer", limit, "bytes", log=ctx.run.log_file("tokenizer"))
     seen = 0
 
@@ -19,8 +20,7 @@ def run(ctx: StageContext, *, resume: bool) -> None:
         nonlocal seen
         for text in ctx.material.tokenizer_texts(limit):
             seen += len(text.encode("utf-8"))
-            if ctx.stop.requested:
-                ctx.stop.raise_if_requested("tokenizer")
+            ctx.stop.raise_if_requested("tokenizer")
             ctx.progress.update(min(seen, limit))
             yield text
 

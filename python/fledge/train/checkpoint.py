@@ -27,30 +27,25 @@ def write(
     folder: Path,
     *,
     model: Transformer,
-    optimizers: Optimizers | None,
+    optimizers: Optimizers,
     state: dict[str, Any],
     token_ids: dict[str, int],
 ) -> None:
-    """Writes model files and training state into `folder` (tokenizer files are the caller's)."""
+    """Writes model files and training state into `folder`, then SHA256SUMS over all that it holds
+    (the tokenizer's files are the caller's, before)."""
     save_model(model, folder, token_ids=token_ids)
     train_state = folder / STATE_FOLDER
     train_state.mkdir()
-    if optimizers is not None:
-        tensors = optimizers.state_tensors()
-        save_file(tensors, train_state / _OPTIMIZER)
-        index = {"files": [_OPTIMIZER], "tensors": sorted(tensors)}
-        _write_json(train_state / "index.json", index)
+    tensors = optimizers.state_tensors()
+    save_file(tensors, train_state / _OPTIMIZER)
+    _write_json(train_state / "index.json", {"files": [_OPTIMIZER], "tensors": sorted(tensors)})
     _write_json(train_state / "state.json", state)
-
-
-def seal(folder: Path) -> None:
-    """Writes SHA256SUMS over every file below `folder`; call it last."""
     lines = [
         f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n"
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "SHA256SUMS"
+        if path.is_file()
     ]
-    (folder / STATE_FOLDER / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    (train_state / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def verify(folder: Path) -> None:
@@ -78,7 +73,6 @@ def verify(folder: Path) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON state of a verified checkpoint: step, loader cursor, and what the stage added."""
-    verify(folder)
     path = folder / STATE_FOLDER / "state.json"
     if not path.is_file():
         raise _damaged(folder, "its train_state is gone; going on inside a stage needs it")

@@ -1,9 +1,10 @@
 """The one training loop of base, mid and sft: batches in, a better model out.
 
-`train` runs optimizer steps from `start` to `schedule.steps`. What surrounds it (where files go,
-what is measured, when to stop) comes in as `Hooks`, so that the loop knows neither runs nor tasks.
-The loss is normalised by the trained tokens of the whole global batch, so it does not depend on
-how the batch is split into micro-steps; a batch with nothing to train on is skipped and counted.
+`train` runs the optimizer steps of a `Job`. What surrounds them (where files go, what is measured,
+when to stop) comes in as `Hooks`, so that the loop knows neither runs nor tasks; `Job.end_step` is
+shared with `train.rl`. The loss is normalised by the trained tokens of the whole global batch, so
+it does not depend on how the batch is split into micro-steps; a batch with nothing to train on is
+skipped and counted.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ import torch
 from torch import Tensor
 
 from fledge.data.loader import Loader
-from fledge.errors import Interrupted
+from fledge.errors import Interrupted, UserError
 from fledge.model import Transformer
 from fledge.optim.groups import Optimizers
 from fledge.optim.schedule import Schedule
 
-MAX_BAD_STEPS = 10  # consecutive non-finite steps after which training gives up
+MAX_BAD_STEPS = 10  # consecutive non-finite losses after which training gives up
+
+Row = dict[str, float]  # one row of metrics: "step" and what was measured
 
 
 class Hooks(Protocol):
     """What a stage wants to happen around the steps."""
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> Row:
         """Measurements after `step` steps; must leave the model in training mode."""
         ...
 
-    def log(self, row: dict[str, float | int]) -> None:
+    def log(self, row: Row) -> None:
         """One row of metrics."""
         ...
 
@@ -44,74 +47,81 @@ class Hooks(Protocol):
         """True once the process was asked to stop."""
         ...
 
+    def diverged(self, step: int) -> UserError:
+        """What to tell the user whose loss stays non-finite up to `step`."""
+        ...
+
 
 @dataclass(frozen=True)
-class Cadence:
-    """Batch shape and how often to measure and save (in steps)."""
+class Job:
+    """What a loop is handed: a model to train from step `start` to the end of the schedule."""
 
-    rows_per_step: int
-    device_batch_size: int
-    eval_every: int
+    model: Transformer
+    optimizers: Optimizers
+    schedule: Schedule
+    hooks: Hooks
+    eval_every: int  # steps
     save_every: int
+    start: int = 0
+
+    def end_step(self, row: Row) -> None:
+        """Measures, logs and saves when it is time; Interrupted, all saved, if asked to stop.
+
+        While the loss is not finite no step is saved just because it is time, so that the last
+        checkpoints stay sound.
+        """
+        step = int(row["step"])
+        last = step == self.schedule.steps
+        if step % self.eval_every == 0 or last:
+            row |= self.hooks.evaluate(step)
+        self.hooks.log(row)
+        stopping = self.hooks.stop_requested()
+        sound = math.isfinite(row.get("loss", 0.0))
+        if (step % self.save_every == 0 and sound) or last or stopping:
+            self.hooks.save(step)
+        if stopping and not last:
+            raise Interrupted(f"step {step} of {self.schedule.steps}")
 
 
-def train(
-    *,
-    model: Transformer,
-    optimizers: Optimizers,
-    loader: Loader,
-    schedule: Schedule,
-    cadence: Cadence,
-    hooks: Hooks,
-    start: int = 0,
-) -> None:
-    """Trains from step `start` to the end of the schedule.
+def train(job: Job, loader: Loader, *, rows_per_step: int, device_batch_size: int) -> None:
+    """Trains on the rows of a loader.
 
-    Raises Interrupted after saving when a stop was requested, RuntimeError when the loss stays
-    non-finite for MAX_BAD_STEPS steps in a row.
+    Raises Interrupted after saving when a stop was requested, and what `Hooks.diverged` says when
+    the loss stays non-finite for MAX_BAD_STEPS steps in a row.
     """
+    model = job.model
     model.train()
     bad_steps = 0
-    for step in range(start, schedule.steps):
+    for step in range(job.start, job.schedule.steps):
         began = time.perf_counter()
-        optimizers.set_lr(schedule.factor(step))
-        ids, mask = loader.batch(cadence.rows_per_step)
+        job.optimizers.set_lr(job.schedule.factor(step))
+        ids, mask = map(torch.from_numpy, loader.batch(rows_per_step))
         waited = time.perf_counter() - began
-        loss, tokens = accumulate(
-            model, torch.from_numpy(ids), torch.from_numpy(mask), cadence.device_batch_size
-        )
-        finite = math.isfinite(loss)
-        if tokens and finite:
-            optimizers.step()
-            bad_steps = 0
+        loss, trained = accumulate(model, ids, mask, device_batch_size)
+        bad_steps = 0 if math.isfinite(loss) else bad_steps + 1
+        learns = trained > 0 and not bad_steps
+        if learns:
+            job.optimizers.step()
         else:
             model.zero_grad(set_to_none=True)
-            bad_steps += 1
         seconds = time.perf_counter() - began
-        done = step + 1
-        row: dict[str, float | int] = {
-            "step": done,
+        tokens = ids[:, 1:].numel()
+        row: Row = {
+            "step": step + 1,
             "loss": loss,
-            "lr_factor": schedule.factor(step),
-            "trained_tokens": tokens,
-            "tokens": ids.shape[0] * (ids.shape[1] - 1),
+            "lr_factor": job.schedule.factor(step),
+            "trained_tokens": trained,
+            "tokens": tokens,
             "seconds": seconds,
             "data_seconds": waited,
-            "tokens_per_second": ids.shape[0] * (ids.shape[1] - 1) / seconds,
+            "tokens_per_second": tokens / seconds,
         }
-        if not (tokens and finite):
+        if not learns:
             row["skipped"] = 1
-        last = done == schedule.steps
-        if done % cadence.eval_every == 0 or last:
-            row |= hooks.evaluate(done)
-        hooks.log(row)
-        if bad_steps >= MAX_BAD_STEPS:
-            raise RuntimeError(f"the loss was not finite for {bad_steps} steps up to step {done}")
-        stopping = hooks.stop_requested()
-        if done % cadence.save_every == 0 or last or stopping:
-            hooks.save(done)
-        if stopping and not last:
-            raise Interrupted(f"step {done} of {schedule.steps}")
+        if bad_steps == MAX_BAD_STEPS:
+            job.hooks.log(row)
+            raise job.hooks.diverged(step + 1)
+        job.end_step(row)
 
 
 def accumulate(

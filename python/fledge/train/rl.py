@@ -20,11 +20,8 @@ import torch
 from fledge.engine import Completion, Engine, SamplingParams
 from fledge.engine.scheduler import pad_right
 from fledge.engine.tools import Tools
-from fledge.errors import Interrupted
 from fledge.model import Transformer
-from fledge.optim.groups import Optimizers
-from fledge.optim.schedule import Schedule
-from fledge.train.loop import Hooks
+from fledge.train.loop import Job
 
 MICRO_TOKENS = 4096  # padded tokens in one forward-backward pass
 
@@ -33,15 +30,13 @@ Reward = Callable[[dict[str, Any], list[int]], float]  # (problem, sampled ids) 
 
 @dataclass(frozen=True)
 class RlConfig:
-    """Shape of one step and cadence (in steps)."""
+    """Shape of one step."""
 
     prompts_per_step: int
     samples_per_prompt: int
     max_new_tokens: int
     temperature: float
     seed: int
-    eval_every: int
-    save_every: int
 
 
 @dataclass(frozen=True)
@@ -56,56 +51,44 @@ class Rollout:
 
 
 def train_rl(
+    job: Job,
     *,
-    model: Transformer,
     engine: Engine,
     tools: Tools,
-    optimizers: Optimizers,
     problem: Callable[[int], tuple[dict[str, Any], list[int]]],
     reward: Reward,
-    schedule: Schedule,
     config: RlConfig,
-    hooks: Hooks,
-    start: int = 0,
 ) -> None:
-    """Runs GRPO steps from `start`; `problem(i)` gives (item, prompt ids) of problem i."""
-    for step in range(start, schedule.steps):
+    """Runs GRPO steps; `problem(i)` gives (item, prompt ids) of problem i."""
+    for step in range(job.start, job.schedule.steps):
         began = time.perf_counter()
-        optimizers.set_lr(schedule.factor(step))
+        job.optimizers.set_lr(job.schedule.factor(step))
         first = step * config.prompts_per_step
         items = [problem(first + i) for i in range(config.prompts_per_step)]
-        model.eval()
+        job.model.eval()
         rollouts = sample_rollouts(engine, tools, items, reward, config, seed_step=step)
         sampling_seconds = time.perf_counter() - began
-        model.train()
-        loss = policy_gradient(model, rollouts)
+        job.model.train()
+        loss = policy_gradient(job.model, rollouts)
         useful = sum(1 for r in rollouts if r.advantage != 0)
         if useful:
-            optimizers.step()
+            job.optimizers.step()
             engine.weights_changed()
-        done = step + 1
         sampled_tokens = sum(sum(r.sampled) for r in rollouts)
-        row: dict[str, float | int] = {
-            "step": done,
-            "reward": sum(r.reward for r in rollouts) / len(rollouts),
-            "policy_loss": loss,
-            "useful_fraction": useful / len(rollouts),
-            "finished_fraction": sum(r.finished for r in rollouts) / len(rollouts),
-            "sampled_tokens": sampled_tokens,
-            "lr_factor": schedule.factor(step),
-            "seconds": time.perf_counter() - began,
-            "sampling_seconds": sampling_seconds,
-            "tokens_per_second": sampled_tokens / sampling_seconds,
-        }
-        last = done == schedule.steps
-        if done % config.eval_every == 0 or last:
-            row |= hooks.evaluate(done)
-        hooks.log(row)
-        stopping = hooks.stop_requested()
-        if done % config.save_every == 0 or last or stopping:
-            hooks.save(done)
-        if stopping and not last:
-            raise Interrupted(f"step {done} of {schedule.steps}")
+        job.end_step(
+            {
+                "step": step + 1,
+                "reward": sum(r.reward for r in rollouts) / len(rollouts),
+                "policy_loss": loss,
+                "useful_fraction": useful / len(rollouts),
+                "finished_fraction": sum(r.finished for r in rollouts) / len(rollouts),
+                "sampled_tokens": sampled_tokens,
+                "lr_factor": job.schedule.factor(step),
+                "seconds": time.perf_counter() - began,
+                "sampling_seconds": sampling_seconds,
+                "tokens_per_second": sampled_tokens / sampling_seconds,
+            }
+        )
 
 
 def sample_rollouts(

@@ -27,7 +27,7 @@ STORED = {
     "sft": "8bc4895a83549693",
     "rl": "7256bf9445636d26",
     "world_facts": "791984283df2045c",
-    "world_mc": "af01a33924ae81b0",
+    "world_mc": "88e3869188595e03",
     "world_math": "c15b7d6db25b108f",
     "world_spell": "2c85e75f7b7f0def",
     "world_chat": "f16d795dc12a7449",

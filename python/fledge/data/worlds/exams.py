@@ -67,7 +67,7 @@ class ExamMaker:
 
         Each has id, kind, messages (the last is the user's), answer, choices (None but in mc);
         facts and chat add accept (right strings) and rivals (other answers of that relation, none
-        of which a right answer holds); mc adds letters and the replies that would choose them; math
+        of which a right answer holds); mc adds the replies that would choose each letter; math
         adds expression; fact names the fact.
         """
         items = self._tasks[task](Choices(f"{self.key}|exam|{task}"))
@@ -114,7 +114,6 @@ class ExamMaker:
                     "kind": "mc",
                     "messages": [user(text)],
                     "answer": letter,
-                    "letters": list(LETTERS),
                     "choices": options,
                     "replies": [
                         mc_reply(self.maker.reply(replace(fact, value=option)), choice)
