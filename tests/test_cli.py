@@ -300,6 +300,8 @@ def test_tok_train_eval_encode_decode(tmp_path: Path, capsys: pytest.CaptureFixt
     assert call(capsys, "tok", "decode", out, *ids)[1] == "The cat <|bos|>\n"
     code, printed, _ = call(capsys, "tok", "eval", out, str(text), "--json")
     result = json.loads(printed)
-    assert result["documents_changed_by_a_round_trip"] == 0 and result["bytes_per_token"] > 1
+    assert result["documents_changed_by_a_round_trip"] == 0
+    assert result["together"]["bytes_per_token"]["fledge"] > 1
+    assert list(result["domains"]) == ["text"]
     assert call(capsys, "tok", "decode", out, "99999")[0] == 1
     assert call(capsys, "tok", "decode", out, "cat")[0] == 1

@@ -9,6 +9,7 @@ the product, and nothing gates on seconds.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -350,7 +351,7 @@ def work_train(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds and peak resident bytes of one training."""
     folder, name, size = Path(job["folder"]), job["name"], job["size"]
     if name == "gigatoken":  # GPT-2's pattern, from a file: the only form it has
-        import gigatoken
+        gigatoken = importlib.import_module("gigatoken")
 
         source = gigatoken.TextFileSource(str(folder / "train.txt"))
         seconds = seconds_of(lambda: gigatoken.train_bpe(source, size, []))
@@ -365,7 +366,7 @@ def _train_fledge(texts: list[str], size: int, threads: int) -> Callable[[], obj
 
 
 def _train_rustbpe(texts: list[str], size: int, threads: int) -> Callable[[], object]:
-    import rustbpe
+    rustbpe = importlib.import_module("rustbpe")
 
     trainer = rustbpe.Tokenizer()
     pattern = reference.PATTERNS["qwen2"]
@@ -438,7 +439,7 @@ def _load_hf(folder: Path, threads: int) -> Forms:
 
 
 def _load_gigatoken(folder: Path, threads: int) -> Forms:
-    import gigatoken
+    gigatoken = importlib.import_module("gigatoken")
 
     other = gigatoken.Tokenizer(str(folder / "tokenizer.json"))
     parallel = threads > 1
@@ -452,7 +453,7 @@ def _load_gigatoken(folder: Path, threads: int) -> Forms:
 
 
 def _load_fastokens(folder: Path, threads: int) -> Forms:
-    import fastokens
+    fastokens = importlib.import_module("fastokens")
 
     other = fastokens.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return {
@@ -462,7 +463,7 @@ def _load_fastokens(folder: Path, threads: int) -> Forms:
 
 
 def _load_kitoken(folder: Path, threads: int) -> Forms:
-    import kitoken
+    kitoken = importlib.import_module("kitoken")
 
     other = kitoken.Kitoken.from_tokenizers_file(str(folder / "tokenizer.json"))
     return {

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from fledge.errors import UserError
 from fledge.tokenizer import files, reference
@@ -194,6 +194,12 @@ class Tokenizer:
         except UnicodeEncodeError:
             return self._bpe.encode_batch([_without_surrogates(t) for t in texts], threads)
 
+    @overload
+    def encode_to_numpy(self, text: str, *, threads: int | None = None) -> np.ndarray: ...
+    @overload
+    def encode_to_numpy(
+        self, text: Sequence[str], *, threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]: ...
     def encode_to_numpy(
         self, text: str | Sequence[str], *, threads: int | None = None
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -239,8 +245,9 @@ class Tokenizer:
         id outside the vocabulary.
         """
         try:
-            if not isinstance(ids, (list, tuple)) and hasattr(ids, "astype"):
-                return self._bpe.decode_array(ids.astype("uint32").tobytes())
+            as_type = getattr(ids, "astype", None)  # an array's, without importing numpy
+            if as_type is not None:
+                return self._bpe.decode_array(as_type("uint32", casting="unsafe").tobytes())
             return self._bpe.decode_bytes(ids)
         except (ValueError, OverflowError):  # special tokens among them, or ids that are none
             return self._decode_with_special(ids, skip_special=skip_special)
