@@ -78,6 +78,81 @@ impl Output for usize {
     }
 }
 
+/// Pieces between cutting and appending their ids.
+struct Batch {
+    num: usize,
+    bounds: [usize; BATCH + 64 + 4], // piece i is bytes[bounds[i]..bounds[i + 1]]
+    keys: [(Key, u64); BATCH + 64],
+    ids: [u32; BATCH + 64],
+    misses: [u8; BATCH + 64], // the pieces whose ids are not there
+    num_misses: usize,
+}
+
+impl Batch {
+    fn new() -> Batch {
+        Batch {
+            num: 0,
+            bounds: [0; BATCH + 64 + 4],
+            keys: [(Key::new(b""), 0); BATCH + 64],
+            ids: [0; BATCH + 64],
+            misses: [0; BATCH + 64],
+            num_misses: 0,
+        }
+    }
+
+    /// Takes the next pieces.
+    #[inline(always)]
+    fn cut(&mut self, next: &mut impl FnMut() -> Option<(usize, u64)>) {
+        let mut num = 0;
+        while num < BATCH {
+            let Some((base, mut bits)) = next() else { break };
+            let end = num + bits.count_ones() as usize;
+            while num < end {
+                // Four at a time; what is too much is overwritten.
+                for bound in &mut self.bounds[num + 1..][..4] {
+                    *bound = base + bits.trailing_zeros() as usize;
+                    bits &= bits.wrapping_sub(1);
+                }
+                num += 4;
+            }
+            num = end;
+        }
+        self.num = num;
+    }
+
+    /// Finds the ids of pieces that are tokens, and asks for the memory that
+    /// the others will need.
+    #[inline(always)]
+    fn look_up(&mut self, bytes: &[u8], words: &Words, cache: &Cache) {
+        let num = self.num;
+        let far_from_end = num > 0 && self.bounds[num - 1] + KEY_BYTES <= bytes.len();
+        for i in 0..num {
+            let (start, len) = (self.bounds[i], self.bounds[i + 1] - self.bounds[i]);
+            let key = if far_from_end {
+                // SAFETY: no piece of the batch begins later than the last.
+                unsafe { Key::at(bytes, start, len) }
+            } else {
+                Key::new(&bytes[start..start + len])
+            };
+            let hash = key.hash();
+            words.prefetch(hash);
+            self.keys[i] = (key, hash);
+        }
+        let mut misses = 0;
+        for i in 0..num {
+            let (key, hash) = self.keys[i];
+            let id = words.get_first(key, hash);
+            self.ids[i] = id.unwrap_or_default();
+            self.misses[misses] = i as u8;
+            misses += usize::from(id.is_none());
+        }
+        for &i in &self.misses[..misses] {
+            cache.prefetch(self.keys[usize::from(i)].1);
+        }
+        self.num_misses = misses;
+    }
+}
+
 impl Bpe {
     /// More memory than one call's cache ever takes.
     pub const MAX_CACHE_BYTES: usize = Cache::MAX_BYTES;
@@ -319,81 +394,50 @@ impl Bpe {
         out: &mut impl Output,
     ) {
         let bytes = text.as_bytes();
-        // Piece i of a batch is bytes[bounds[i]..bounds[i + 1]].
-        let mut bounds = [0; BATCH + 64 + 4];
-        let mut ids = [0; BATCH + 64];
-        let mut keys = [(Key::new(b""), 0); BATCH + 64];
-        let mut misses = [0u8; BATCH + 64];
+        let (mut batch, mut waiting) = (Batch::new(), Batch::new());
         loop {
-            let mut num = 0;
-            while num < BATCH {
-                let Some((base, mut bits)) = next() else { break };
-                let end = num + bits.count_ones() as usize;
-                while num < end {
-                    // Four at a time; what is too much is overwritten.
-                    for bound in &mut bounds[num + 1..][..4] {
-                        *bound = base + bits.trailing_zeros() as usize;
-                        bits &= bits.wrapping_sub(1);
-                    }
-                    num += 4;
-                }
-                num = end;
-            }
-            if num == 0 {
+            batch.bounds[0] = waiting.bounds[waiting.num];
+            batch.cut(&mut next);
+            batch.look_up(bytes, &self.words, &state.cache);
+            self.finish(&waiting, bytes, state, out);
+            if batch.num == 0 {
                 return;
             }
-            let far_from_end = bounds[num - 1] + KEY_BYTES <= bytes.len();
-            for i in 0..num {
-                let (start, len) = (bounds[i], bounds[i + 1] - bounds[i]);
-                let key = if far_from_end {
-                    // SAFETY: no piece of the batch begins later than the last.
-                    unsafe { Key::at(bytes, start, len) }
-                } else {
-                    Key::new(&bytes[start..start + len])
-                };
-                let hash = key.hash();
-                self.words.prefetch(hash);
-                keys[i] = (key, hash);
-            }
-            let mut num_misses = 0;
-            for i in 0..num {
-                let (key, hash) = keys[i];
-                let id = self.words.get_first(key, hash);
-                ids[i] = id.unwrap_or_default();
-                misses[num_misses] = i as u8;
-                num_misses += usize::from(id.is_none());
-            }
-            for &i in &misses[..num_misses] {
-                state.cache.prefetch(keys[usize::from(i)].1);
-            }
-            let mut done = 0;
-            for &i in &misses[..num_misses] {
-                let i = usize::from(i);
-                out.many(&ids[done..i]);
-                let piece = &bytes[bounds[i]..bounds[i + 1]];
-                self.missed(piece, state, out);
-                done = i + 1;
-            }
-            out.many(&ids[done..num]);
-            bounds[0] = bounds[num];
+            std::mem::swap(&mut batch, &mut waiting);
         }
     }
 
-    /// A piece that was not found in its first slot.
+    /// Appends the ids of a batch that was looked up a while ago.
+    #[inline(always)]
+    fn finish(&self, batch: &Batch, bytes: &[u8], state: &mut State, out: &mut impl Output) {
+        let mut done = 0;
+        for &i in &batch.misses[..batch.num_misses] {
+            let i = usize::from(i);
+            out.many(&batch.ids[done..i]);
+            let piece = &bytes[batch.bounds[i]..batch.bounds[i + 1]];
+            self.missed(piece, state, out);
+            done = i + 1;
+        }
+        out.many(&batch.ids[done..batch.num]);
+    }
+
+    /// A piece that was not found among the tokens at first sight.
     #[inline(never)]
     fn missed(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
-        if let Some(id) = self.words.get(piece, &self.tokens) {
-            return out.many(&[id]);
-        }
-        if piece.len() > CACHED_BYTES {
-            return self.long(piece, state, out);
-        }
         if let Some(ids) = state.cache.get(piece) {
             return out.many(ids);
         }
         state.ids.clear();
-        self.table.piece(piece, &mut state.ids);
-        state.cache.insert(piece, &state.ids);
+        if let Some(id) = self.words.get(piece, &self.tokens) {
+            state.ids.push(id);
+        } else if piece.len() > CACHED_BYTES {
+            return self.long(piece, state, out);
+        } else {
+            self.table.piece(piece, &mut state.ids);
+        }
+        if piece.len() <= CACHED_BYTES {
+            state.cache.insert(piece, &state.ids);
+        }
         out.many(&state.ids);
     }
 

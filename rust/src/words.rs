@@ -131,47 +131,56 @@ impl Word {
 
 /// The tokens that their own bytes encode to, by their bytes.
 pub(crate) struct Words {
-    slots: Vec<Word>, // at most half full; a power of two
+    pairs: Vec<Pair>, // at most half full; a power of two
     longest: usize,
 }
+
+/// Two words that are looked at together.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct Pair([Word; 2]);
 
 impl Words {
     /// A table with room for `tokens` tokens.
     pub(crate) fn new(tokens: usize) -> Words {
         Words {
-            slots: vec![Word::NONE; (tokens * 2).next_power_of_two().max(1024)],
+            pairs: vec![Pair([Word::NONE; 2]); tokens.next_power_of_two().max(512)],
             longest: 0,
         }
     }
 
     /// Adds the token `id` of `tokens`. Frequent ones come first: they get the
-    /// better slots. Of two tokens with the same bytes the first is found.
+    /// better places. Of two tokens with the same bytes the first is found.
     pub(crate) fn insert(&mut self, id: u32, tokens: &Tokens) {
         let bytes = tokens.get(id);
         self.longest = self.longest.max(bytes.len());
         let key = Key::of(bytes);
-        let mut slot = self.slot(key.hash());
-        while !self.slots[slot].is_none() {
-            slot = (slot + 1) & (self.slots.len() - 1);
+        let mut at = self.at(key.hash());
+        loop {
+            if let Some(word) = self.pairs[at].0.iter_mut().find(|word| word.is_none()) {
+                *word = Word::new(key, id);
+                return;
+            }
+            at = (at + 1) & (self.pairs.len() - 1);
         }
-        self.slots[slot] = Word::new(key, id);
     }
 
     #[inline(always)]
-    fn slot(&self, hash: u64) -> usize {
-        hash as usize & (self.slots.len() - 1)
+    fn at(&self, hash: u64) -> usize {
+        hash as usize & (self.pairs.len() - 1)
     }
 
-    /// Asks for the memory of a key's first slot before it is needed.
+    /// Asks for the memory of a key's first pair before it is needed.
     #[inline(always)]
     pub(crate) fn prefetch(&self, hash: u64) {
-        prefetch(&self.slots, self.slot(hash));
+        prefetch(&self.pairs, self.at(hash));
     }
 
-    /// The id of a short key if it is in its first slot, as nearly all are.
+    /// The id of a short key if it is in its first pair, as nearly all are.
     #[inline(always)]
     pub(crate) fn get_first(&self, key: Key, hash: u64) -> Option<u32> {
-        self.slots[self.slot(hash)].number_of(key)
+        let [a, b] = self.pairs[self.at(hash)].0;
+        a.number_of(key).or(b.number_of(key))
     }
 
     /// The id of a piece that is a token.
@@ -180,77 +189,121 @@ impl Words {
             return None;
         }
         let key = Key::of(piece);
-        let mut slot = self.slot(key.hash());
-        while !self.slots[slot].is_none() {
-            if let Some(id) = self.slots[slot].number_of(key) {
-                if piece.len() <= KEY_BYTES || tokens.get(id) == piece {
-                    return Some(id);
+        let mut at = self.at(key.hash());
+        loop {
+            for word in self.pairs[at].0 {
+                if word.is_none() {
+                    return None;
+                }
+                if let Some(id) = word.number_of(key) {
+                    if piece.len() <= KEY_BYTES || tokens.get(id) == piece {
+                        return Some(id);
+                    }
                 }
             }
-            slot = (slot + 1) & (self.slots.len() - 1);
+            at = (at + 1) & (self.pairs.len() - 1);
         }
-        None
     }
 }
 
 /// What merging gave for pieces that are no tokens, within a fixed size.
 ///
-/// `slots` are sets of four, the newest first, with a place in the ring for
-/// each piece. There the ring holds the number of ids, the ids and, for a long
-/// piece, its length and bytes. What is new overwrites what is oldest.
+/// A short piece with up to four ids has them in `ids`, at the same place as
+/// its word in `sets`. Of any other piece the word has a place in the ring,
+/// where there is the number of ids, the ids and, for a long piece, its length
+/// and bytes; what is new overwrites what is oldest.
 pub(crate) struct Cache {
-    slots: Vec<Word>,
-    used: usize, // slots that are not empty
+    sets: Vec<Set>,
+    ids: Vec<Ids>,
+    used: usize, // words that are not empty
+    turn: usize, // which word of a full set gives way next
     ring: Vec<u32>,
-    head: u32, // words ever written to the ring; places count like this too
+    head: u32, // ids ever written to the ring; places count like this too
 }
 
-const WAYS: usize = 4; // four words are one cache line
-const FIRST_SLOTS: usize = 1 << 11;
-const MAX_SLOTS: usize = 1 << 17;
-const RING: usize = 1 << 19;
+const WAYS: usize = 4;
+
+/// One cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Set([Word; WAYS]);
+
+/// One cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Ids([[u32; INLINE]; WAYS]);
+
+/// Ids kept beside the word; its number is how many.
+const INLINE: usize = 4;
+/// Added to places in the ring, to tell them from a count.
+const PLACE: u32 = 8;
+const FIRST_SETS: usize = 1 << 9;
+const MAX_SETS: usize = 1 << 15;
+const RING: usize = 1 << 18;
 /// Places have 28 bits.
-const MAX_HEAD: u32 = (1 << 28) - RING as u32;
+const MAX_HEAD: u32 = (1 << 28) - 2 * RING as u32;
 
 impl Cache {
-    /// A full cache takes less: 2 MiB of slots, a quarter as much while it
-    /// grows to that, and 2 MiB of ids.
+    /// A full cache takes less: 4 MiB of sets with their ids, a quarter as much
+    /// while it grows to that, and 1 MiB of ring.
     pub(crate) const MAX_BYTES: usize =
-        MAX_SLOTS * size_of::<Word>() * 5 / 4 + RING * size_of::<u32>() + (1 << 10);
+        MAX_SETS * (size_of::<Set>() + size_of::<Ids>()) * 5 / 4 + RING * 4 + (1 << 10);
 
     /// An empty cache; it grows to its full size with the pieces it is given.
     pub(crate) fn new() -> Cache {
         Cache {
-            slots: vec![Word::NONE; FIRST_SLOTS],
+            sets: vec![Set([Word::NONE; WAYS]); FIRST_SETS],
+            ids: vec![Ids([[0; INLINE]; WAYS]); FIRST_SETS],
             used: 0,
+            turn: 0,
             ring: Vec::new(),
             head: 0,
         }
     }
 
     #[inline(always)]
-    fn set(&self, hash: u64) -> usize {
-        (hash >> 32) as usize & (self.slots.len() - WAYS)
+    fn at(&self, hash: u64) -> usize {
+        (hash >> 32) as usize & (self.sets.len() - 1)
     }
 
     /// Asks for the memory of a set before it is needed.
     #[inline(always)]
     pub(crate) fn prefetch(&self, hash: u64) {
-        prefetch(&self.slots, self.set(hash));
+        let at = self.at(hash);
+        prefetch(&self.sets, at);
+        prefetch(&self.ids, at);
     }
 
     /// The ids of a piece that was inserted.
     #[inline]
     pub(crate) fn get(&self, piece: &[u8]) -> Option<&[u32]> {
         let key = Key::of(piece);
-        let set = self.set(key.hash());
-        let place = self.slots[set..set + WAYS].iter().find_map(|word| word.number_of(key))?;
+        let first = self.at(key.hash());
+        // A piece that found its set full may be in the one beside it.
+        for at in [first, first ^ 1] {
+            let set = &self.sets[at].0;
+            for (way, word) in set.iter().enumerate() {
+                match word.number_of(key) {
+                    Some(count) if count as usize <= INLINE => {
+                        return Some(&self.ids[at].0[way][..count as usize]);
+                    }
+                    Some(number) => return self.in_ring(number - PLACE, piece),
+                    None => {}
+                }
+            }
+            if set[WAYS - 1].is_none() {
+                return None;
+            }
+        }
+        None
+    }
+
+    fn in_ring(&self, place: u32, piece: &[u8]) -> Option<&[u32]> {
         if self.head - place > RING as u32 {
             return None; // overwritten
         }
         let entry = &self.ring[place as usize % RING..];
-        let count = entry[0] as usize;
-        let (ids, rest) = entry[1..].split_at(count);
+        let (ids, rest) = entry[1..].split_at(entry[0] as usize);
         if piece.len() > KEY_BYTES {
             let same_len = rest[0] as usize == piece.len();
             if !same_len || !words(piece).zip(&rest[1..]).all(|(a, &b)| a == b) {
@@ -262,13 +315,69 @@ impl Cache {
 
     /// Remembers the ids of a piece of at most [`CACHED_BYTES`].
     pub(crate) fn insert(&mut self, piece: &[u8], ids: &[u32]) {
-        if self.used * 2 > self.slots.len() && self.slots.len() < MAX_SLOTS {
+        if self.used * 2 > self.sets.len() * WAYS && self.sets.len() < MAX_SETS {
             self.grow();
+        }
+        let key = Key::of(piece);
+        let mut inline = [0; INLINE];
+        let number = if piece.len() <= KEY_BYTES && ids.len() <= INLINE {
+            inline[..ids.len()].copy_from_slice(ids);
+            ids.len() as u32
+        } else {
+            self.write_to_ring(piece, ids) + PLACE
+        };
+        self.put(Word::new(key, number), inline);
+    }
+
+    fn put(&mut self, word: Word, ids: [u32; INLINE]) {
+        let first = self.at(word.key().hash());
+        let free = |at: usize| {
+            let mut words = self.sets[at].0.iter();
+            let way = words.position(|old| old.is_none() || old.key() == word.key());
+            way.map(|way| (at, way))
+        };
+        // In a full set any word gives way: the oldest would be the worst
+        // choice for a text that is read again and again.
+        let (at, way) = free(first).or_else(|| free(first ^ 1)).unwrap_or_else(|| {
+            self.turn = self.turn.wrapping_add(1);
+            (first, self.turn % WAYS)
+        });
+        self.used += usize::from(self.sets[at].0[way].is_none());
+        self.sets[at].0[way] = word;
+        self.ids[at].0[way] = ids;
+    }
+
+    fn grow(&mut self) {
+        let len = self.sets.len() * 4;
+        let sets = std::mem::replace(&mut self.sets, vec![Set([Word::NONE; WAYS]); len]);
+        let ids = std::mem::replace(&mut self.ids, vec![Ids([[0; INLINE]; WAYS]); len]);
+        self.used = 0;
+        for (set, ids) in sets.into_iter().zip(ids) {
+            for (word, ids) in set.0.into_iter().zip(ids.0) {
+                if !word.is_none() {
+                    self.put(word, ids);
+                }
+            }
+        }
+    }
+
+    /// The place of a new entry of the ring.
+    fn write_to_ring(&mut self, piece: &[u8], ids: &[u32]) -> u32 {
+        if self.ring.is_empty() {
+            self.ring = vec![0; RING];
+        }
+        if self.head > MAX_HEAD {
+            // Places would repeat, and old words point to new ids.
+            self.sets.fill(Set([Word::NONE; WAYS]));
+            (self.used, self.head) = (0, 0);
         }
         let long = piece.len() > KEY_BYTES;
         let len = 1 + ids.len() + if long { 1 + piece.len().div_ceil(4) } else { 0 };
-        let start = self.make_room(len);
-        let place = self.head;
+        let mut start = self.head as usize % RING;
+        if start + len > RING {
+            self.head += (RING - start) as u32;
+            start = 0;
+        }
         let entry = &mut self.ring[start..start + len];
         entry[0] = ids.len() as u32;
         entry[1..=ids.len()].copy_from_slice(ids);
@@ -279,45 +388,9 @@ impl Cache {
                 *to = from;
             }
         }
+        let place = self.head;
         self.head += len as u32;
-        self.put(Word::new(Key::of(piece), place));
-    }
-
-    fn put(&mut self, word: Word) {
-        let set = self.set(word.key().hash());
-        let ways = &mut self.slots[set..set + WAYS];
-        let old = ways.iter().position(|w| w.is_none() || w.key() == word.key());
-        let gives_way = old.unwrap_or(WAYS - 1);
-        self.used += usize::from(ways[gives_way].is_none());
-        ways.copy_within(..gives_way, 1);
-        ways[0] = word;
-    }
-
-    fn grow(&mut self) {
-        let larger = vec![Word::NONE; self.slots.len() * 4];
-        let old = std::mem::replace(&mut self.slots, larger);
-        self.used = 0;
-        for word in old.into_iter().rev().filter(|word| !word.is_none()) {
-            self.put(word);
-        }
-    }
-
-    /// Where in the ring `len` words may be written, at what is then the head.
-    fn make_room(&mut self, len: usize) -> usize {
-        if self.ring.is_empty() {
-            self.ring = vec![0; RING];
-        }
-        if self.head > MAX_HEAD {
-            // Places would repeat, and old words point to new ids.
-            self.slots.fill(Word::NONE);
-            (self.used, self.head) = (0, 0);
-        }
-        let start = self.head as usize % RING;
-        if start + len <= RING {
-            return start;
-        }
-        self.head += (RING - start) as u32;
-        0
+        place
     }
 }
 
@@ -331,17 +404,17 @@ fn words(piece: &[u8]) -> impl Iterator<Item = u32> + '_ {
 }
 
 #[inline(always)]
-fn prefetch(words: &[Word], at: usize) {
+fn prefetch<T>(lines: &[T], at: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-        let word = words.as_ptr().wrapping_add(at);
+        let line = lines.as_ptr().wrapping_add(at);
         // SAFETY: SSE is part of x86-64, and a prefetch reads nothing as far as
         // the program can tell, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(word.cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (words, at);
+    let _ = (lines, at);
 }
 
 #[cfg(test)]
@@ -397,20 +470,20 @@ mod tests {
             }
         }
         assert!(known > 50_000, "{known}");
-        let bytes = cache.slots.capacity() * size_of::<Word>() + cache.ring.capacity() * 4;
+        let bytes = size_of_val(&*cache.sets) + size_of_val(&*cache.ids) + cache.ring.capacity() * 4;
         assert!(bytes <= Cache::MAX_BYTES);
     }
 
     #[test]
     fn the_cache_starts_again_before_places_repeat() {
         let mut cache = Cache::new();
-        cache.insert(b"old", &[1, 2]);
+        cache.insert(b"old", &[1; 5]);
         cache.head = MAX_HEAD - 1;
-        cache.insert(b"new", &[3, 4]);
-        cache.insert(b"newer", &[5]);
-        cache.insert(b"newest", &[6]);
+        cache.insert(b"new", &[2; 5]);
+        cache.insert(b"newer", &[3; 5]);
+        cache.insert(b"newest", &[4; 5]);
         assert_eq!(cache.get(b"old"), None);
-        assert_eq!(cache.get(b"newest"), Some(&[6][..]));
+        assert_eq!(cache.get(b"newest"), Some(&[4; 5][..]));
         assert!(cache.head < 100);
     }
 }
