@@ -141,10 +141,10 @@ impl Batch {
         let mut misses = 0;
         for i in 0..num {
             let (key, hash) = self.keys[i];
-            let id = words.get_first(key, hash);
-            self.ids[i] = id.unwrap_or_default();
+            let (id, found) = words.get_first(key, hash);
+            self.ids[i] = id;
             self.misses[misses] = i as u8;
-            misses += usize::from(id.is_none());
+            misses += usize::from(!found);
         }
         for &i in &self.misses[..misses] {
             cache.prefetch(self.keys[usize::from(i)].1);
@@ -394,12 +394,13 @@ impl Bpe {
         out: &mut impl Output,
     ) {
         let bytes = text.as_bytes();
-        let (mut batch, mut waiting) = (Batch::new(), Batch::new());
+        let (batch, waiting) = (&mut Batch::new(), &mut Batch::new());
+        let (mut batch, mut waiting) = (batch, waiting);
         loop {
             batch.bounds[0] = waiting.bounds[waiting.num];
             batch.cut(&mut next);
             batch.look_up(bytes, &self.words, &state.cache);
-            self.finish(&waiting, bytes, state, out);
+            self.finish(waiting, bytes, state, out);
             if batch.num == 0 {
                 return;
             }

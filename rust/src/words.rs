@@ -40,7 +40,8 @@ const MASKS: [(u64, u64); 16] = {
 };
 /// Above the bytes, below the length: bits that are 0 in every key.
 const NUMBER_SHIFT: u32 = 32;
-const NUMBER_BITS: u64 = 0xFFF_FFFF << NUMBER_SHIFT;
+const NUMBER_MASK: u32 = 0xFFF_FFFF;
+const NUMBER_BITS: u64 = (NUMBER_MASK as u64) << NUMBER_SHIFT;
 /// In place of a length: the key is that of a long piece.
 const LONG: u64 = 14;
 
@@ -123,9 +124,14 @@ impl Word {
     }
 
     #[inline(always)]
+    fn is(self, key: Key) -> bool {
+        (self.0 ^ key.0) | (self.1 ^ key.1) & !NUMBER_BITS == 0
+    }
+
+    #[inline(always)]
     fn number_of(self, key: Key) -> Option<u32> {
-        let difference = (self.0 ^ key.0) | (self.1 ^ key.1) & !NUMBER_BITS;
-        (difference == 0).then_some(((self.1 & NUMBER_BITS) >> NUMBER_SHIFT) as u32)
+        let number = (self.1 >> NUMBER_SHIFT) as u32 & NUMBER_MASK;
+        self.is(key).then_some(number)
     }
 }
 
@@ -176,11 +182,15 @@ impl Words {
         prefetch(&self.pairs, self.at(hash));
     }
 
-    /// The id of a short key if it is in its first pair, as nearly all are.
+    /// The id of a short key, and whether it is in its first pair, as nearly
+    /// all are. No branch depends on where it is.
     #[inline(always)]
-    pub(crate) fn get_first(&self, key: Key, hash: u64) -> Option<u32> {
+    pub(crate) fn get_first(&self, key: Key, hash: u64) -> (u32, bool) {
         let [a, b] = self.pairs[self.at(hash)].0;
-        a.number_of(key).or(b.number_of(key))
+        let (is_a, is_b) = (a.is(key), b.is(key));
+        let mask = u64::from(is_a).wrapping_neg();
+        let word = a.1 & mask | b.1 & !mask;
+        ((word >> NUMBER_SHIFT) as u32 & NUMBER_MASK, is_a | is_b)
     }
 
     /// The id of a piece that is a token.
