@@ -23,7 +23,7 @@ use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
 use crate::merge::{Merges, MAX_TOKENS, SHORT};
 use crate::split::{split, Pattern};
-use crate::words::{Cache, Key, Words, CACHED_BYTES, KEY_BYTES};
+use crate::words::{Cache, Key, Words, CACHED_BYTES, INLINE, KEY_BYTES};
 use crate::FIRST_MERGE_ID;
 
 /// Pieces cut before they are looked up.
@@ -83,9 +83,10 @@ struct Batch {
     num: usize,
     bounds: [usize; BATCH + 64 + 4], // piece i is bytes[bounds[i]..bounds[i + 1]]
     keys: [(Key, u64); BATCH + 64],
-    ids: [u32; BATCH + 64],
-    misses: [u8; BATCH + 64], // the pieces whose ids are not there
+    num_ids: usize,
+    ids: [u32; INLINE * (BATCH + 64 + 1)], // without those of misses
     num_misses: usize,
+    misses: [(u8, u16); BATCH + 64], // the piece, and where in `ids` its ids belong
 }
 
 impl Batch {
@@ -94,15 +95,17 @@ impl Batch {
             num: 0,
             bounds: [0; BATCH + 64 + 4],
             keys: [(Key::new(b""), 0); BATCH + 64],
-            ids: [0; BATCH + 64],
-            misses: [0; BATCH + 64],
+            num_ids: 0,
+            ids: [0; INLINE * (BATCH + 64 + 1)],
             num_misses: 0,
+            misses: [(0, 0); BATCH + 64],
         }
     }
 
     /// Takes the next pieces.
     #[inline(always)]
     fn cut(&mut self, next: &mut impl FnMut() -> Option<(usize, u64)>) {
+        self.bounds[0] = self.bounds[self.num];
         let mut num = 0;
         while num < BATCH {
             let Some((base, mut bits)) = next() else { break };
@@ -120,10 +123,9 @@ impl Batch {
         self.num = num;
     }
 
-    /// Finds the ids of pieces that are tokens, and asks for the memory that
-    /// the others will need.
+    /// Finds the ids of pieces that are in the cache.
     #[inline(always)]
-    fn look_up(&mut self, bytes: &[u8], words: &Words, cache: &Cache) {
+    fn look_up(&mut self, bytes: &[u8], cache: &Cache) {
         let num = self.num;
         let far_from_end = num > 0 && self.bounds[num - 1] + KEY_BYTES <= bytes.len();
         for i in 0..num {
@@ -135,20 +137,20 @@ impl Batch {
                 Key::new(&bytes[start..start + len])
             };
             let hash = key.hash();
-            words.prefetch(hash);
+            cache.prefetch(hash);
             self.keys[i] = (key, hash);
         }
-        let mut misses = 0;
+        let (mut num_ids, mut misses) = (0, 0);
         for i in 0..num {
             let (key, hash) = self.keys[i];
-            let (id, found) = words.get_first(key, hash);
-            self.ids[i] = id;
-            self.misses[misses] = i as u8;
-            misses += usize::from(!found);
+            let (ids, count) = cache.get_first(key, hash);
+            self.ids[num_ids..num_ids + INLINE].copy_from_slice(ids);
+            self.misses[misses] = (i as u8, num_ids as u16);
+            let miss = count > INLINE;
+            misses += usize::from(miss);
+            num_ids += if miss { 0 } else { count };
         }
-        for &i in &self.misses[..misses] {
-            cache.prefetch(self.keys[usize::from(i)].1);
-        }
+        self.num_ids = num_ids;
         self.num_misses = misses;
     }
 }
@@ -394,35 +396,25 @@ impl Bpe {
         out: &mut impl Output,
     ) {
         let bytes = text.as_bytes();
-        let (batch, waiting) = (&mut Batch::new(), &mut Batch::new());
-        let (mut batch, mut waiting) = (batch, waiting);
+        let mut batch = Batch::new();
         loop {
-            batch.bounds[0] = waiting.bounds[waiting.num];
             batch.cut(&mut next);
-            batch.look_up(bytes, &self.words, &state.cache);
-            self.finish(waiting, bytes, state, out);
             if batch.num == 0 {
                 return;
             }
-            std::mem::swap(&mut batch, &mut waiting);
+            batch.look_up(bytes, &state.cache);
+            let mut done = 0;
+            for &(i, at) in &batch.misses[..batch.num_misses] {
+                let (i, at) = (usize::from(i), usize::from(at));
+                out.many(&batch.ids[done..at]);
+                self.missed(&bytes[batch.bounds[i]..batch.bounds[i + 1]], state, out);
+                done = at;
+            }
+            out.many(&batch.ids[done..batch.num_ids]);
         }
     }
 
-    /// Appends the ids of a batch that was looked up a while ago.
-    #[inline(always)]
-    fn finish(&self, batch: &Batch, bytes: &[u8], state: &mut State, out: &mut impl Output) {
-        let mut done = 0;
-        for &i in &batch.misses[..batch.num_misses] {
-            let i = usize::from(i);
-            out.many(&batch.ids[done..i]);
-            let piece = &bytes[batch.bounds[i]..batch.bounds[i + 1]];
-            self.missed(piece, state, out);
-            done = i + 1;
-        }
-        out.many(&batch.ids[done..batch.num]);
-    }
-
-    /// A piece that was not found among the tokens at first sight.
+    /// A piece that was not found in the cache at first sight.
     #[inline(never)]
     fn missed(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
         if let Some(ids) = state.cache.get(piece) {

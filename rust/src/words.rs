@@ -137,60 +137,30 @@ impl Word {
 
 /// The tokens that their own bytes encode to, by their bytes.
 pub(crate) struct Words {
-    pairs: Vec<Pair>, // at most half full; a power of two
+    slots: Vec<Word>, // at most half full; a power of two
     longest: usize,
 }
-
-/// Two words that are looked at together.
-#[derive(Clone, Copy)]
-#[repr(C, align(32))]
-struct Pair([Word; 2]);
 
 impl Words {
     /// A table with room for `tokens` tokens.
     pub(crate) fn new(tokens: usize) -> Words {
         Words {
-            pairs: vec![Pair([Word::NONE; 2]); tokens.next_power_of_two().max(512)],
+            slots: vec![Word::NONE; (tokens * 2).next_power_of_two()],
             longest: 0,
         }
     }
 
-    /// Adds the token `id` of `tokens`. Frequent ones come first: they get the
-    /// better places. Of two tokens with the same bytes the first is found.
+    /// Adds the token `id` of `tokens`. Of two with the same bytes the first is
+    /// found.
     pub(crate) fn insert(&mut self, id: u32, tokens: &Tokens) {
         let bytes = tokens.get(id);
         self.longest = self.longest.max(bytes.len());
         let key = Key::of(bytes);
-        let mut at = self.at(key.hash());
-        loop {
-            if let Some(word) = self.pairs[at].0.iter_mut().find(|word| word.is_none()) {
-                *word = Word::new(key, id);
-                return;
-            }
-            at = (at + 1) & (self.pairs.len() - 1);
+        let mut slot = key.hash() as usize & (self.slots.len() - 1);
+        while !self.slots[slot].is_none() {
+            slot = (slot + 1) & (self.slots.len() - 1);
         }
-    }
-
-    #[inline(always)]
-    fn at(&self, hash: u64) -> usize {
-        hash as usize & (self.pairs.len() - 1)
-    }
-
-    /// Asks for the memory of a key's first pair before it is needed.
-    #[inline(always)]
-    pub(crate) fn prefetch(&self, hash: u64) {
-        prefetch(&self.pairs, self.at(hash));
-    }
-
-    /// The id of a short key, and whether it is in its first pair, as nearly
-    /// all are. No branch depends on where it is.
-    #[inline(always)]
-    pub(crate) fn get_first(&self, key: Key, hash: u64) -> (u32, bool) {
-        let [a, b] = self.pairs[self.at(hash)].0;
-        let (is_a, is_b) = (a.is(key), b.is(key));
-        let mask = u64::from(is_a).wrapping_neg();
-        let word = a.1 & mask | b.1 & !mask;
-        ((word >> NUMBER_SHIFT) as u32 & NUMBER_MASK, is_a | is_b)
+        self.slots[slot] = Word::new(key, id);
     }
 
     /// The id of a piece that is a token.
@@ -199,71 +169,67 @@ impl Words {
             return None;
         }
         let key = Key::of(piece);
-        let mut at = self.at(key.hash());
-        loop {
-            for word in self.pairs[at].0 {
-                if word.is_none() {
-                    return None;
-                }
-                if let Some(id) = word.number_of(key) {
-                    if piece.len() <= KEY_BYTES || tokens.get(id) == piece {
-                        return Some(id);
-                    }
+        let mut slot = key.hash() as usize & (self.slots.len() - 1);
+        while !self.slots[slot].is_none() {
+            if let Some(id) = self.slots[slot].number_of(key) {
+                if piece.len() <= KEY_BYTES || tokens.get(id) == piece {
+                    return Some(id);
                 }
             }
-            at = (at + 1) & (self.pairs.len() - 1);
+            slot = (slot + 1) & (self.slots.len() - 1);
         }
+        None
     }
 }
 
-/// What merging gave for pieces that are no tokens, within a fixed size.
+/// The ids of pieces met before, within a fixed size.
 ///
-/// A short piece with up to four ids has them in `ids`, at the same place as
-/// its word in `sets`. Of any other piece the word has a place in the ring,
-/// where there is the number of ids, the ids and, for a long piece, its length
-/// and bytes; what is new overwrites what is oldest.
+/// A short piece with up to four ids has them beside its word, in the same
+/// cache line. Of any other piece the word has a place in the ring, where there
+/// is the number of ids, the ids and, for a long piece, its length and bytes;
+/// what is new overwrites what is oldest.
 pub(crate) struct Cache {
-    sets: Vec<Set>,
-    ids: Vec<Ids>,
+    lines: Vec<Line>,
     used: usize, // words that are not empty
-    turn: usize, // which word of a full set gives way next
+    turn: usize, // which word of a full line gives way next
     ring: Vec<u32>,
-    head: u32, // ids ever written to the ring; places count like this too
+    head: u32, // numbers ever written to the ring; places count like this too
 }
 
-const WAYS: usize = 4;
+const WAYS: usize = 2;
 
-/// One cache line.
+/// One cache line: two words and their ids.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Set([Word; WAYS]);
-
-/// One cache line.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Ids([[u32; INLINE]; WAYS]);
+struct Line {
+    words: [Word; WAYS],
+    ids: [[u32; INLINE]; WAYS],
+}
 
 /// Ids kept beside the word; its number is how many.
-const INLINE: usize = 4;
+pub(crate) const INLINE: usize = 4;
 /// Added to places in the ring, to tell them from a count.
 const PLACE: u32 = 8;
-const FIRST_SETS: usize = 1 << 9;
-const MAX_SETS: usize = 1 << 15;
+const FIRST_LINES: usize = 1 << 9;
+const MAX_LINES: usize = 1 << 16;
 const RING: usize = 1 << 18;
 /// Places have 28 bits.
 const MAX_HEAD: u32 = (1 << 28) - 2 * RING as u32;
+const NO_LINE: Line = Line {
+    words: [Word::NONE; WAYS],
+    ids: [[0; INLINE]; WAYS],
+};
 
 impl Cache {
-    /// A full cache takes less: 4 MiB of sets with their ids, a quarter as much
-    /// while it grows to that, and 1 MiB of ring.
+    /// A full cache takes less: 4 MiB of lines, a quarter as much while it
+    /// grows to that, and 1 MiB of ring.
     pub(crate) const MAX_BYTES: usize =
-        MAX_SETS * (size_of::<Set>() + size_of::<Ids>()) * 5 / 4 + RING * 4 + (1 << 10);
+        MAX_LINES * size_of::<Line>() * 5 / 4 + RING * size_of::<u32>() + (1 << 10);
 
     /// An empty cache; it grows to its full size with the pieces it is given.
     pub(crate) fn new() -> Cache {
         Cache {
-            sets: vec![Set([Word::NONE; WAYS]); FIRST_SETS],
-            ids: vec![Ids([[0; INLINE]; WAYS]); FIRST_SETS],
+            lines: vec![NO_LINE; FIRST_LINES],
             used: 0,
             turn: 0,
             ring: Vec::new(),
@@ -273,36 +239,41 @@ impl Cache {
 
     #[inline(always)]
     fn at(&self, hash: u64) -> usize {
-        (hash >> 32) as usize & (self.sets.len() - 1)
+        hash as usize & (self.lines.len() - 1)
     }
 
-    /// Asks for the memory of a set before it is needed.
+    /// Asks for the memory of a key's line before it is needed.
     #[inline(always)]
     pub(crate) fn prefetch(&self, hash: u64) {
-        let at = self.at(hash);
-        prefetch(&self.sets, at);
-        prefetch(&self.ids, at);
+        prefetch(&self.lines, self.at(hash));
+    }
+
+    /// The ids of a short key and their number, or a number above [`INLINE`]
+    /// where they are not beside it. No branch depends on where they are.
+    #[inline(always)]
+    pub(crate) fn get_first(&self, key: Key, hash: u64) -> (&[u32; INLINE], usize) {
+        let Line { words: [a, b], ids } = &self.lines[self.at(hash)];
+        let (is_a, is_b) = (a.is(key), b.is(key));
+        let mask = u64::from(is_a).wrapping_neg();
+        let word = a.1 & mask | b.1 & !mask;
+        let number = (word >> NUMBER_SHIFT) as u32 & NUMBER_MASK;
+        let none = u32::from(is_a | is_b).wrapping_sub(1);
+        (&ids[usize::from(!is_a)], (number | none) as usize)
     }
 
     /// The ids of a piece that was inserted.
-    #[inline]
     pub(crate) fn get(&self, piece: &[u8]) -> Option<&[u32]> {
         let key = Key::of(piece);
         let first = self.at(key.hash());
-        // A piece that found its set full may be in the one beside it.
+        // A piece that found its line full may be in the one beside it.
         for at in [first, first ^ 1] {
-            let set = &self.sets[at].0;
-            for (way, word) in set.iter().enumerate() {
+            let line = &self.lines[at];
+            for (word, ids) in line.words.iter().zip(&line.ids) {
                 match word.number_of(key) {
-                    Some(count) if count as usize <= INLINE => {
-                        return Some(&self.ids[at].0[way][..count as usize]);
-                    }
+                    Some(count) if count as usize <= INLINE => return Some(&ids[..count as usize]),
                     Some(number) => return self.in_ring(number - PLACE, piece),
                     None => {}
                 }
-            }
-            if set[WAYS - 1].is_none() {
-                return None;
             }
         }
         None
@@ -325,7 +296,7 @@ impl Cache {
 
     /// Remembers the ids of a piece of at most [`CACHED_BYTES`].
     pub(crate) fn insert(&mut self, piece: &[u8], ids: &[u32]) {
-        if self.used * 2 > self.sets.len() * WAYS && self.sets.len() < MAX_SETS {
+        if self.used * 3 > self.lines.len() * WAYS && self.lines.len() < MAX_LINES {
             self.grow();
         }
         let key = Key::of(piece);
@@ -342,28 +313,27 @@ impl Cache {
     fn put(&mut self, word: Word, ids: [u32; INLINE]) {
         let first = self.at(word.key().hash());
         let free = |at: usize| {
-            let mut words = self.sets[at].0.iter();
+            let mut words = self.lines[at].words.iter();
             let way = words.position(|old| old.is_none() || old.key() == word.key());
             way.map(|way| (at, way))
         };
-        // In a full set any word gives way: the oldest would be the worst
+        // In a full line any word gives way: the oldest would be the worst
         // choice for a text that is read again and again.
         let (at, way) = free(first).or_else(|| free(first ^ 1)).unwrap_or_else(|| {
             self.turn = self.turn.wrapping_add(1);
             (first, self.turn % WAYS)
         });
-        self.used += usize::from(self.sets[at].0[way].is_none());
-        self.sets[at].0[way] = word;
-        self.ids[at].0[way] = ids;
+        let line = &mut self.lines[at];
+        self.used += usize::from(line.words[way].is_none());
+        line.words[way] = word;
+        line.ids[way] = ids;
     }
 
     fn grow(&mut self) {
-        let len = self.sets.len() * 4;
-        let sets = std::mem::replace(&mut self.sets, vec![Set([Word::NONE; WAYS]); len]);
-        let ids = std::mem::replace(&mut self.ids, vec![Ids([[0; INLINE]; WAYS]); len]);
+        let larger = vec![NO_LINE; self.lines.len() * 4];
         self.used = 0;
-        for (set, ids) in sets.into_iter().zip(ids) {
-            for (word, ids) in set.0.into_iter().zip(ids.0) {
+        for line in std::mem::replace(&mut self.lines, larger) {
+            for (word, ids) in line.words.into_iter().zip(line.ids) {
                 if !word.is_none() {
                     self.put(word, ids);
                 }
@@ -378,7 +348,7 @@ impl Cache {
         }
         if self.head > MAX_HEAD {
             // Places would repeat, and old words point to new ids.
-            self.sets.fill(Set([Word::NONE; WAYS]));
+            self.lines.fill(NO_LINE);
             (self.used, self.head) = (0, 0);
         }
         let long = piece.len() > KEY_BYTES;
@@ -480,7 +450,7 @@ mod tests {
             }
         }
         assert!(known > 50_000, "{known}");
-        let bytes = size_of_val(&*cache.sets) + size_of_val(&*cache.ids) + cache.ring.capacity() * 4;
+        let bytes = size_of_val(&*cache.lines) + size_of_val(&*cache.ring);
         assert!(bytes <= Cache::MAX_BYTES);
     }
 
