@@ -83,10 +83,11 @@ struct Batch {
     num: usize,
     bounds: [usize; BATCH + 64 + 4], // piece i is bytes[bounds[i]..bounds[i + 1]]
     keys: [(Key, u64); BATCH + 64],
+    far_from_end: bool,
     num_ids: usize,
     ids: [u32; INLINE * (BATCH + 64 + 1)], // without those of misses
     num_misses: usize,
-    misses: [(u8, u16); BATCH + 64], // the piece, and where in `ids` its ids belong
+    misses: [(u8, u16); BATCH + 64 + 1], // the piece, and where in `ids` its ids belong
 }
 
 impl Batch {
@@ -95,17 +96,23 @@ impl Batch {
             num: 0,
             bounds: [0; BATCH + 64 + 4],
             keys: [(Key::new(b""), 0); BATCH + 64],
+            far_from_end: false,
             num_ids: 0,
             ids: [0; INLINE * (BATCH + 64 + 1)],
             num_misses: 0,
-            misses: [(0, 0); BATCH + 64],
+            misses: [(0, 0); BATCH + 64 + 1],
         }
     }
 
-    /// Takes the next pieces.
+    /// Takes the next pieces, the first of which begins at `start`.
     #[inline(always)]
-    fn cut(&mut self, next: &mut impl FnMut() -> Option<(usize, u64)>) {
-        self.bounds[0] = self.bounds[self.num];
+    fn cut(
+        &mut self,
+        start: usize,
+        bytes: &[u8],
+        next: &mut impl FnMut() -> Option<(usize, u64)>,
+    ) {
+        self.bounds[0] = start;
         let mut num = 0;
         while num < BATCH {
             let Some((base, mut bits)) = next() else { break };
@@ -121,37 +128,35 @@ impl Batch {
             num = end;
         }
         self.num = num;
+        self.far_from_end = num > 0 && self.bounds[num - 1] + KEY_BYTES <= bytes.len();
+        (self.num_ids, self.num_misses) = (0, 0);
     }
 
-    /// Finds the ids of pieces that are in the cache.
+    /// Makes the key of piece `i` and asks for the memory it will need.
     #[inline(always)]
-    fn look_up(&mut self, bytes: &[u8], cache: &Cache) {
-        let num = self.num;
-        let far_from_end = num > 0 && self.bounds[num - 1] + KEY_BYTES <= bytes.len();
-        for i in 0..num {
-            let (start, len) = (self.bounds[i], self.bounds[i + 1] - self.bounds[i]);
-            let key = if far_from_end {
-                // SAFETY: no piece of the batch begins later than the last.
-                unsafe { Key::at(bytes, start, len) }
-            } else {
-                Key::new(&bytes[start..start + len])
-            };
-            let hash = key.hash();
-            cache.prefetch(hash);
-            self.keys[i] = (key, hash);
-        }
-        let (mut num_ids, mut misses) = (0, 0);
-        for i in 0..num {
-            let (key, hash) = self.keys[i];
-            let (ids, count) = cache.get_first(key, hash);
-            self.ids[num_ids..num_ids + INLINE].copy_from_slice(ids);
-            self.misses[misses] = (i as u8, num_ids as u16);
-            let miss = count > INLINE;
-            misses += usize::from(miss);
-            num_ids += if miss { 0 } else { count };
-        }
-        self.num_ids = num_ids;
-        self.num_misses = misses;
+    fn prepare(&mut self, i: usize, bytes: &[u8], cache: &Cache) {
+        let (start, len) = (self.bounds[i], self.bounds[i + 1] - self.bounds[i]);
+        let key = if self.far_from_end {
+            // SAFETY: no piece of the batch begins later than the last.
+            unsafe { Key::at(bytes, start, len) }
+        } else {
+            Key::new(&bytes[start..start + len])
+        };
+        let hash = key.hash();
+        cache.prefetch(hash);
+        self.keys[i] = (key, hash);
+    }
+
+    /// Finds the ids of piece `i` if they are in the cache.
+    #[inline(always)]
+    fn look_up(&mut self, i: usize, cache: &Cache) {
+        let (key, hash) = self.keys[i];
+        let (ids, count) = cache.get_first(key, hash);
+        self.ids[self.num_ids..self.num_ids + INLINE].copy_from_slice(ids);
+        self.misses[self.num_misses] = (i as u8, self.num_ids as u16);
+        let miss = count > INLINE;
+        self.num_misses += usize::from(miss);
+        self.num_ids += if miss { 0 } else { count };
     }
 }
 
@@ -396,21 +401,34 @@ impl Bpe {
         out: &mut impl Output,
     ) {
         let bytes = text.as_bytes();
-        let mut batch = Batch::new();
+        let (mut new, mut old) = (&mut Batch::new(), &mut Batch::new());
         loop {
-            batch.cut(&mut next);
-            if batch.num == 0 {
-                return;
+            new.cut(old.bounds[old.num], bytes, &mut next);
+            // While the memory for one batch is on its way, the batch before
+            // it is looked up.
+            let both = new.num.min(old.num);
+            for i in 0..both {
+                new.prepare(i, bytes, &state.cache);
+                old.look_up(i, &state.cache);
             }
-            batch.look_up(bytes, &state.cache);
+            for i in both..new.num {
+                new.prepare(i, bytes, &state.cache);
+            }
+            for i in both..old.num {
+                old.look_up(i, &state.cache);
+            }
             let mut done = 0;
-            for &(i, at) in &batch.misses[..batch.num_misses] {
+            for &(i, at) in &old.misses[..old.num_misses] {
                 let (i, at) = (usize::from(i), usize::from(at));
-                out.many(&batch.ids[done..at]);
-                self.missed(&bytes[batch.bounds[i]..batch.bounds[i + 1]], state, out);
+                out.many(&old.ids[done..at]);
+                self.missed(&bytes[old.bounds[i]..old.bounds[i + 1]], state, out);
                 done = at;
             }
-            out.many(&batch.ids[done..batch.num_ids]);
+            out.many(&old.ids[done..old.num_ids]);
+            if new.num == 0 {
+                return;
+            }
+            std::mem::swap(&mut new, &mut old);
         }
     }
 

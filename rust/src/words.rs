@@ -296,7 +296,7 @@ impl Cache {
 
     /// Remembers the ids of a piece of at most [`CACHED_BYTES`].
     pub(crate) fn insert(&mut self, piece: &[u8], ids: &[u32]) {
-        if self.used * 3 > self.lines.len() * WAYS && self.lines.len() < MAX_LINES {
+        if self.used * 2 > self.lines.len() * WAYS && self.lines.len() < MAX_LINES {
             self.grow();
         }
         let key = Key::of(piece);
