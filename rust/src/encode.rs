@@ -23,7 +23,7 @@ use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
 use crate::merge::{Merges, MAX_TOKENS, SHORT};
 use crate::split::{split, Pattern};
-use crate::words::{Cache, Key, Words, CACHED_BYTES, INLINE, KEY_BYTES};
+use crate::words::{Cache, Found, Key, Words, CACHED_BYTES, KEY_BYTES};
 use crate::FIRST_MERGE_ID;
 
 /// Pieces cut before they are looked up.
@@ -54,10 +54,16 @@ struct State {
 
 /// Where ids go: a list of them, or a mere count.
 trait Output {
+    fn one(&mut self, id: u32);
     fn many(&mut self, ids: &[u32]);
 }
 
 impl Output for Vec<u32> {
+    #[inline(always)]
+    fn one(&mut self, id: u32) {
+        self.push(id);
+    }
+
     #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         self.extend_from_slice(ids);
@@ -66,6 +72,11 @@ impl Output for Vec<u32> {
 
 impl Output for Vec<u16> {
     #[inline(always)]
+    fn one(&mut self, id: u32) {
+        self.push(id as u16);
+    }
+
+    #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         self.extend(ids.iter().map(|&id| id as u16));
     }
@@ -73,21 +84,22 @@ impl Output for Vec<u16> {
 
 impl Output for usize {
     #[inline(always)]
+    fn one(&mut self, _: u32) {
+        *self += 1;
+    }
+
+    #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         *self += ids.len();
     }
 }
 
-/// Pieces between cutting and appending their ids.
+/// Pieces between cutting and looking up.
 struct Batch {
     num: usize,
     bounds: [usize; BATCH + 64 + 4], // piece i is bytes[bounds[i]..bounds[i + 1]]
     keys: [(Key, u64); BATCH + 64],
     far_from_end: bool,
-    num_ids: usize,
-    ids: [u32; INLINE * (BATCH + 64 + 1)], // without those of misses
-    num_misses: usize,
-    misses: [(u8, u16); BATCH + 64 + 1], // the piece, and where in `ids` its ids belong
 }
 
 impl Batch {
@@ -97,11 +109,12 @@ impl Batch {
             bounds: [0; BATCH + 64 + 4],
             keys: [(Key::new(b""), 0); BATCH + 64],
             far_from_end: false,
-            num_ids: 0,
-            ids: [0; INLINE * (BATCH + 64 + 1)],
-            num_misses: 0,
-            misses: [(0, 0); BATCH + 64 + 1],
         }
+    }
+
+    #[inline(always)]
+    fn piece<'a>(&self, i: usize, bytes: &'a [u8]) -> &'a [u8] {
+        &bytes[self.bounds[i]..self.bounds[i + 1]]
     }
 
     /// Takes the next pieces, the first of which begins at `start`.
@@ -129,34 +142,21 @@ impl Batch {
         }
         self.num = num;
         self.far_from_end = num > 0 && self.bounds[num - 1] + KEY_BYTES <= bytes.len();
-        (self.num_ids, self.num_misses) = (0, 0);
     }
 
     /// Makes the key of piece `i` and asks for the memory it will need.
     #[inline(always)]
     fn prepare(&mut self, i: usize, bytes: &[u8], cache: &Cache) {
         let (start, len) = (self.bounds[i], self.bounds[i + 1] - self.bounds[i]);
-        let key = if self.far_from_end {
+        let key = if len <= KEY_BYTES && self.far_from_end {
             // SAFETY: no piece of the batch begins later than the last.
             unsafe { Key::at(bytes, start, len) }
         } else {
-            Key::new(&bytes[start..start + len])
+            Key::of(&bytes[start..start + len])
         };
         let hash = key.hash();
         cache.prefetch(hash);
         self.keys[i] = (key, hash);
-    }
-
-    /// Finds the ids of piece `i` if they are in the cache.
-    #[inline(always)]
-    fn look_up(&mut self, i: usize, cache: &Cache) {
-        let (key, hash) = self.keys[i];
-        let (ids, count) = cache.get_first(key, hash);
-        self.ids[self.num_ids..self.num_ids + INLINE].copy_from_slice(ids);
-        self.misses[self.num_misses] = (i as u8, self.num_ids as u16);
-        let miss = count > INLINE;
-        self.num_misses += usize::from(miss);
-        self.num_ids += if miss { 0 } else { count };
     }
 }
 
@@ -406,25 +406,18 @@ impl Bpe {
             new.cut(old.bounds[old.num], bytes, &mut next);
             // While the memory for one batch is on its way, the batch before
             // it is looked up.
-            let both = new.num.min(old.num);
-            for i in 0..both {
-                new.prepare(i, bytes, &state.cache);
-                old.look_up(i, &state.cache);
-            }
-            for i in both..new.num {
+            for i in 0..new.num {
                 new.prepare(i, bytes, &state.cache);
             }
-            for i in both..old.num {
-                old.look_up(i, &state.cache);
+            for i in 0..old.num {
+                let (key, hash) = old.keys[i];
+                let piece = old.piece(i, bytes);
+                match state.cache.get_first(key, hash, piece) {
+                    Found::One(id) => out.one(id),
+                    Found::Many(ids) => out.many(ids),
+                    Found::Missing => self.missed(key, piece, state, out),
+                }
             }
-            let mut done = 0;
-            for &(i, at) in &old.misses[..old.num_misses] {
-                let (i, at) = (usize::from(i), usize::from(at));
-                out.many(&old.ids[done..at]);
-                self.missed(&bytes[old.bounds[i]..old.bounds[i + 1]], state, out);
-                done = at;
-            }
-            out.many(&old.ids[done..old.num_ids]);
             if new.num == 0 {
                 return;
             }
@@ -434,12 +427,14 @@ impl Bpe {
 
     /// A piece that was not found in the cache at first sight.
     #[inline(never)]
-    fn missed(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
-        if let Some(ids) = state.cache.get(piece) {
-            return out.many(ids);
+    fn missed(&self, key: Key, piece: &[u8], state: &mut State, out: &mut impl Output) {
+        match state.cache.get(key, piece) {
+            Found::One(id) => return out.one(id),
+            Found::Many(ids) => return out.many(ids),
+            Found::Missing => {}
         }
         state.ids.clear();
-        if let Some(id) = self.words.get(piece, &self.tokens) {
+        if let Some(id) = self.words.get(key, piece, &self.tokens) {
             state.ids.push(id);
         } else if piece.len() > CACHED_BYTES {
             return self.long(piece, state, out);
@@ -447,7 +442,7 @@ impl Bpe {
             self.table.piece(piece, &mut state.ids);
         }
         if piece.len() <= CACHED_BYTES {
-            state.cache.insert(piece, &state.ids);
+            state.cache.insert(key, piece, &state.ids);
         }
         out.many(&state.ids);
     }
@@ -481,21 +476,26 @@ impl Bpe {
         if let [byte] = part {
             return ids.push(self.table.byte_id(*byte));
         }
+        let key = Key::of(part);
         if self.table.is_ordered() {
             // Else some tokens are only found as whole pieces.
-            if let Some(id) = self.words.get(part, &self.tokens) {
+            if let Some(id) = self.words.get(key, part, &self.tokens) {
                 return ids.push(id);
             }
         }
         if part.len() > CACHED_BYTES {
             return self.table.piece(part, ids);
         }
-        if let Some(known) = cache.get(part) {
-            return ids.extend_from_slice(known);
+        if self.table.is_ordered() {
+            if let Found::Many(known) = cache.get(key, part) {
+                return ids.extend_from_slice(known);
+            }
         }
         let start = ids.len();
         self.table.piece(part, ids);
-        cache.insert(part, &ids[start..]);
+        if self.table.is_ordered() {
+            cache.insert(key, part, &ids[start..]);
+        }
     }
 }
 

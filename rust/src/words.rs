@@ -80,6 +80,7 @@ impl Key {
     }
 
     /// The key of a piece of more than 12 bytes.
+    #[inline(never)]
     fn long(piece: &[u8]) -> Key {
         let mut hasher = FxHasher::default();
         hasher.write(piece);
@@ -88,7 +89,8 @@ impl Key {
     }
 
     /// [`Key::new`] or [`Key::long`], as the piece has it.
-    fn of(piece: &[u8]) -> Key {
+    #[inline]
+    pub(crate) fn of(piece: &[u8]) -> Key {
         if piece.len() <= KEY_BYTES {
             Key::new(piece)
         } else {
@@ -164,11 +166,10 @@ impl Words {
     }
 
     /// The id of a piece that is a token.
-    pub(crate) fn get(&self, piece: &[u8], tokens: &Tokens) -> Option<u32> {
+    pub(crate) fn get(&self, key: Key, piece: &[u8], tokens: &Tokens) -> Option<u32> {
         if piece.len() > self.longest {
             return None;
         }
-        let key = Key::of(piece);
         let mut slot = key.hash() as usize & (self.slots.len() - 1);
         while !self.slots[slot].is_none() {
             if let Some(id) = self.slots[slot].number_of(key) {
@@ -184,52 +185,54 @@ impl Words {
 
 /// The ids of pieces met before, within a fixed size.
 ///
-/// A short piece with up to four ids has them beside its word, in the same
-/// cache line. Of any other piece the word has a place in the ring, where there
-/// is the number of ids, the ids and, for a long piece, its length and bytes;
-/// what is new overwrites what is oldest.
+/// The number of a word is the id of a piece that is one token. For any other
+/// piece it is a place in the ring, where there is the number of ids, the ids
+/// and, for a long piece, its length and bytes; what is new overwrites what is
+/// oldest.
 pub(crate) struct Cache {
-    lines: Vec<Line>,
+    pairs: Vec<Pair>,
     used: usize, // words that are not empty
-    turn: usize, // which word of a full line gives way next
+    turn: usize, // which word gives way next
     ring: Vec<u32>,
     head: u32, // numbers ever written to the ring; places count like this too
 }
 
-const WAYS: usize = 2;
-
-/// One cache line: two words and their ids.
+/// Two words that are looked at together; two pairs are a cache line.
 #[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line {
-    words: [Word; WAYS],
-    ids: [[u32; INLINE]; WAYS],
+#[repr(C, align(32))]
+struct Pair([Word; 2]);
+
+const NO_PAIR: Pair = Pair([Word::NONE; 2]);
+/// Added to places in the ring, to tell them from an id.
+const PLACE: u32 = 1 << 21;
+const FIRST_PAIRS: usize = 1 << 10;
+const MAX_PAIRS: usize = 1 << 16;
+const RING: usize = 1 << 19;
+/// Places have 28 bits.
+const MAX_HEAD: u32 = (1 << 28) - PLACE - 2 * RING as u32;
+/// A piece that found its pair full is in one of the three around it.
+const PLACES: [usize; 4] = [0, 1, 2, 3];
+
+/// What the cache knows of a piece at first sight.
+pub(crate) enum Found<'a> {
+    /// It is a token.
+    One(u32),
+    /// It has these ids.
+    Many(&'a [u32]),
+    /// It is not in its first pair.
+    Missing,
 }
 
-/// Ids kept beside the word; its number is how many.
-pub(crate) const INLINE: usize = 4;
-/// Added to places in the ring, to tell them from a count.
-const PLACE: u32 = 8;
-const FIRST_LINES: usize = 1 << 9;
-const MAX_LINES: usize = 1 << 16;
-const RING: usize = 1 << 18;
-/// Places have 28 bits.
-const MAX_HEAD: u32 = (1 << 28) - 2 * RING as u32;
-const NO_LINE: Line = Line {
-    words: [Word::NONE; WAYS],
-    ids: [[0; INLINE]; WAYS],
-};
-
 impl Cache {
-    /// A full cache takes less: 4 MiB of lines, a quarter as much while it
-    /// grows to that, and 1 MiB of ring.
+    /// A full cache takes less: 2 MiB of words, a quarter as much while it
+    /// grows to that, and 2 MiB of ring.
     pub(crate) const MAX_BYTES: usize =
-        MAX_LINES * size_of::<Line>() * 5 / 4 + RING * size_of::<u32>() + (1 << 10);
+        MAX_PAIRS * size_of::<Pair>() * 5 / 4 + RING * size_of::<u32>() + (1 << 10);
 
     /// An empty cache; it grows to its full size with the pieces it is given.
     pub(crate) fn new() -> Cache {
         Cache {
-            lines: vec![NO_LINE; FIRST_LINES],
+            pairs: vec![NO_PAIR; FIRST_PAIRS],
             used: 0,
             turn: 0,
             ring: Vec::new(),
@@ -239,46 +242,53 @@ impl Cache {
 
     #[inline(always)]
     fn at(&self, hash: u64) -> usize {
-        hash as usize & (self.lines.len() - 1)
+        hash as usize & (self.pairs.len() - 1)
     }
 
-    /// Asks for the memory of a key's line before it is needed.
+    /// Asks for the memory of a key's pair before it is needed.
     #[inline(always)]
     pub(crate) fn prefetch(&self, hash: u64) {
-        prefetch(&self.lines, self.at(hash));
+        prefetch(&self.pairs, self.at(hash));
     }
 
-    /// The ids of a short key and their number, or a number above [`INLINE`]
-    /// where they are not beside it. No branch depends on where they are.
+    /// What is known of a piece; `key` is [`Key::of`] it, `hash` its hash.
     #[inline(always)]
-    pub(crate) fn get_first(&self, key: Key, hash: u64) -> (&[u32; INLINE], usize) {
-        let Line { words: [a, b], ids } = &self.lines[self.at(hash)];
+    pub(crate) fn get_first(&self, key: Key, hash: u64, piece: &[u8]) -> Found<'_> {
+        let [a, b] = self.pairs[self.at(hash)].0;
+        // Without a branch on which of the two it is.
         let (is_a, is_b) = (a.is(key), b.is(key));
         let mask = u64::from(is_a).wrapping_neg();
         let word = a.1 & mask | b.1 & !mask;
-        let number = (word >> NUMBER_SHIFT) as u32 & NUMBER_MASK;
         let none = u32::from(is_a | is_b).wrapping_sub(1);
-        (&ids[usize::from(!is_a)], (number | none) as usize)
+        let number = (word >> NUMBER_SHIFT) as u32 & NUMBER_MASK | none;
+        if number < PLACE {
+            return Found::One(number);
+        }
+        if number == u32::MAX {
+            return Found::Missing;
+        }
+        self.in_ring(number - PLACE, piece).map_or(Found::Missing, Found::Many)
     }
 
-    /// The ids of a piece that was inserted.
-    pub(crate) fn get(&self, piece: &[u8]) -> Option<&[u32]> {
-        let key = Key::of(piece);
-        let first = self.at(key.hash());
-        // A piece that found its line full may be in the one beside it.
-        for at in [first, first ^ 1] {
-            let line = &self.lines[at];
-            for (word, ids) in line.words.iter().zip(&line.ids) {
+    /// Whether a piece was inserted, wherever it is.
+    pub(crate) fn get(&self, key: Key, piece: &[u8]) -> Found<'_> {
+        let home = self.at(key.hash());
+        for place in PLACES {
+            for word in self.pairs[home ^ place].0 {
                 match word.number_of(key) {
-                    Some(count) if count as usize <= INLINE => return Some(&ids[..count as usize]),
-                    Some(number) => return self.in_ring(number - PLACE, piece),
+                    Some(id) if id < PLACE => return Found::One(id),
+                    Some(number) => {
+                        let ids = self.in_ring(number - PLACE, piece);
+                        return ids.map_or(Found::Missing, Found::Many);
+                    }
                     None => {}
                 }
             }
         }
-        None
+        Found::Missing
     }
 
+    #[inline]
     fn in_ring(&self, place: u32, piece: &[u8]) -> Option<&[u32]> {
         if self.head - place > RING as u32 {
             return None; // overwritten
@@ -295,47 +305,41 @@ impl Cache {
     }
 
     /// Remembers the ids of a piece of at most [`CACHED_BYTES`].
-    pub(crate) fn insert(&mut self, piece: &[u8], ids: &[u32]) {
-        if self.used * 2 > self.lines.len() * WAYS && self.lines.len() < MAX_LINES {
+    pub(crate) fn insert(&mut self, key: Key, piece: &[u8], ids: &[u32]) {
+        if self.used >= self.pairs.len() && self.pairs.len() < MAX_PAIRS {
             self.grow();
         }
-        let key = Key::of(piece);
-        let mut inline = [0; INLINE];
-        let number = if piece.len() <= KEY_BYTES && ids.len() <= INLINE {
-            inline[..ids.len()].copy_from_slice(ids);
-            ids.len() as u32
-        } else {
-            self.write_to_ring(piece, ids) + PLACE
+        let number = match ids {
+            &[id] if piece.len() <= KEY_BYTES => id,
+            _ => self.write_to_ring(piece, ids) + PLACE,
         };
-        self.put(Word::new(key, number), inline);
+        self.put(Word::new(key, number));
     }
 
-    fn put(&mut self, word: Word, ids: [u32; INLINE]) {
-        let first = self.at(word.key().hash());
-        let free = |at: usize| {
-            let mut words = self.lines[at].words.iter();
-            let way = words.position(|old| old.is_none() || old.key() == word.key());
-            way.map(|way| (at, way))
-        };
-        // In a full line any word gives way: the oldest would be the worst
+    fn put(&mut self, word: Word) {
+        let home = self.at(word.key().hash());
+        for place in PLACES {
+            for old in &mut self.pairs[home ^ place].0 {
+                if old.is_none() || old.key() == word.key() {
+                    self.used += usize::from(old.is_none());
+                    *old = word;
+                    return;
+                }
+            }
+        }
+        // Where all is full any word gives way: the oldest would be the worst
         // choice for a text that is read again and again.
-        let (at, way) = free(first).or_else(|| free(first ^ 1)).unwrap_or_else(|| {
-            self.turn = self.turn.wrapping_add(1);
-            (first, self.turn % WAYS)
-        });
-        let line = &mut self.lines[at];
-        self.used += usize::from(line.words[way].is_none());
-        line.words[way] = word;
-        line.ids[way] = ids;
+        self.turn = self.turn.wrapping_add(1);
+        self.pairs[home].0[self.turn % 2] = word;
     }
 
     fn grow(&mut self) {
-        let larger = vec![NO_LINE; self.lines.len() * 4];
+        let larger = vec![NO_PAIR; self.pairs.len() * 4];
         self.used = 0;
-        for line in std::mem::replace(&mut self.lines, larger) {
-            for (word, ids) in line.words.into_iter().zip(line.ids) {
+        for pair in std::mem::replace(&mut self.pairs, larger) {
+            for word in pair.0 {
                 if !word.is_none() {
-                    self.put(word, ids);
+                    self.put(word);
                 }
             }
         }
@@ -348,7 +352,7 @@ impl Cache {
         }
         if self.head > MAX_HEAD {
             // Places would repeat, and old words point to new ids.
-            self.lines.fill(NO_LINE);
+            self.pairs.fill(NO_PAIR);
             (self.used, self.head) = (0, 0);
         }
         let long = piece.len() > KEY_BYTES;
@@ -434,6 +438,31 @@ mod tests {
         piece.iter().map(|&b| u32::from(b)).chain([piece.len() as u32]).collect()
     }
 
+    /// Ids that tell which piece they belong to.
+    fn ids_of(piece: &[u8]) -> Vec<u32> {
+        match piece {
+            [a, b, b'0'] => vec![u32::from(*a) << 8 | u32::from(*b)],
+            _ => piece.iter().map(|&b| b.into()).chain([piece.len() as u32]).collect(),
+        }
+    }
+
+    fn insert(cache: &mut Cache, piece: &[u8]) {
+        cache.insert(Key::of(piece), piece, &ids_of(piece));
+    }
+
+    fn get(cache: &Cache, piece: &[u8]) -> Option<Vec<u32>> {
+        let key = Key::of(piece);
+        let all = |found: Found| match found {
+            Found::One(id) => Some(vec![id]),
+            Found::Many(ids) => Some(ids.to_vec()),
+            Found::Missing => None,
+        };
+        let ids = all(cache.get(key, piece));
+        let first = all(cache.get_first(key, key.hash(), piece));
+        assert!(first.is_none() || first == ids);
+        ids
+    }
+
     #[test]
     fn the_cache_forgets_but_never_errs_and_never_grows_further() {
         let mut cache = Cache::new();
@@ -441,29 +470,29 @@ mod tests {
         for i in 0..600_000u32 {
             let text = format!("{i:x}");
             let piece = if i % 3 == 0 { text.repeat(3) } else { text };
-            cache.insert(piece.as_bytes(), &ids_of(piece.as_bytes()));
-            assert_eq!(cache.get(piece.as_bytes()), Some(&*ids_of(piece.as_bytes())));
+            insert(&mut cache, piece.as_bytes());
+            assert_eq!(get(&cache, piece.as_bytes()), Some(ids_of(piece.as_bytes())));
             let earlier = format!("{:x}", i / 2);
-            if let Some(ids) = cache.get(earlier.as_bytes()) {
+            if let Some(ids) = get(&cache, earlier.as_bytes()) {
                 assert_eq!(ids, ids_of(earlier.as_bytes()));
                 known += 1;
             }
         }
         assert!(known > 50_000, "{known}");
-        let bytes = size_of_val(&*cache.lines) + size_of_val(&*cache.ring);
+        let bytes = size_of_val(&*cache.pairs) + size_of_val(&*cache.ring);
         assert!(bytes <= Cache::MAX_BYTES);
     }
 
     #[test]
     fn the_cache_starts_again_before_places_repeat() {
         let mut cache = Cache::new();
-        cache.insert(b"old", &[1; 5]);
+        insert(&mut cache, b"old");
         cache.head = MAX_HEAD - 1;
-        cache.insert(b"new", &[2; 5]);
-        cache.insert(b"newer", &[3; 5]);
-        cache.insert(b"newest", &[4; 5]);
-        assert_eq!(cache.get(b"old"), None);
-        assert_eq!(cache.get(b"newest"), Some(&[4; 5][..]));
+        for piece in [&b"new"[..], b"newer", b"newest"] {
+            insert(&mut cache, piece);
+        }
+        assert_eq!(get(&cache, b"old"), None);
+        assert_eq!(get(&cache, b"newest"), Some(ids_of(b"newest")));
         assert!(cache.head < 100);
     }
 }
