@@ -23,7 +23,7 @@ use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
 use crate::merge::{Merges, MAX_TOKENS, SHORT};
 use crate::split::{split, Pattern};
-use crate::words::{Cache, Key, Words, CACHED_BYTES, KEY_BYTES};
+use crate::words::{Cache, Found, Key, Words, CACHED_BYTES, KEY_BYTES};
 use crate::FIRST_MERGE_ID;
 
 /// Pieces cut before they are looked up.
@@ -54,10 +54,16 @@ struct State {
 
 /// Where ids go: a list of them, or a mere count.
 trait Output {
+    fn one(&mut self, id: u32);
     fn many(&mut self, ids: &[u32]);
 }
 
 impl Output for Vec<u32> {
+    #[inline(always)]
+    fn one(&mut self, id: u32) {
+        self.push(id);
+    }
+
     #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         self.extend_from_slice(ids);
@@ -66,6 +72,11 @@ impl Output for Vec<u32> {
 
 impl Output for Vec<u16> {
     #[inline(always)]
+    fn one(&mut self, id: u32) {
+        self.push(id as u16);
+    }
+
+    #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         self.extend(ids.iter().map(|&id| id as u16));
     }
@@ -73,8 +84,79 @@ impl Output for Vec<u16> {
 
 impl Output for usize {
     #[inline(always)]
+    fn one(&mut self, _: u32) {
+        *self += 1;
+    }
+
+    #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         *self += ids.len();
+    }
+}
+
+/// Pieces between cutting and looking up.
+struct Batch {
+    num: usize,
+    bounds: [usize; BATCH + 64 + 4], // piece i is bytes[bounds[i]..bounds[i + 1]]
+    keys: [(Key, u64); BATCH + 64],
+    far_from_end: bool,
+}
+
+impl Batch {
+    fn new() -> Batch {
+        Batch {
+            num: 0,
+            bounds: [0; BATCH + 64 + 4],
+            keys: [(Key::new(b""), 0); BATCH + 64],
+            far_from_end: false,
+        }
+    }
+
+    #[inline(always)]
+    fn piece<'a>(&self, i: usize, bytes: &'a [u8]) -> &'a [u8] {
+        &bytes[self.bounds[i]..self.bounds[i + 1]]
+    }
+
+    /// Takes the next pieces, the first of which begins at `start`.
+    #[inline(always)]
+    fn cut(
+        &mut self,
+        start: usize,
+        bytes: &[u8],
+        next: &mut impl FnMut() -> Option<(usize, u64)>,
+    ) {
+        self.bounds[0] = start;
+        let mut num = 0;
+        while num < BATCH {
+            let Some((base, mut bits)) = next() else { break };
+            let end = num + bits.count_ones() as usize;
+            while num < end {
+                // Four at a time; what is too much is overwritten.
+                for bound in &mut self.bounds[num + 1..][..4] {
+                    *bound = base + bits.trailing_zeros() as usize;
+                    bits &= bits.wrapping_sub(1);
+                }
+                num += 4;
+            }
+            num = end;
+        }
+        self.num = num;
+        self.far_from_end = num > 0 && self.bounds[num - 1] + KEY_BYTES <= bytes.len();
+    }
+
+    /// Makes the key of piece `i` and asks for the memory it will need.
+    #[inline(always)]
+    fn prepare(&mut self, i: usize, bytes: &[u8], cache: &Cache) {
+        let (start, len) = (self.bounds[i], self.bounds[i + 1] - self.bounds[i]);
+        let key = if len <= KEY_BYTES && self.far_from_end {
+            // SAFETY: no piece of the batch begins later than the last.
+            unsafe { Key::at(bytes, start, len) }
+        } else {
+            Key::of(&bytes[start..start + len])
+        };
+        let hash = key.hash();
+        cache.prefetch(hash);
+        self.keys[i] = (key, hash);
     }
 }
 
@@ -319,81 +401,49 @@ impl Bpe {
         out: &mut impl Output,
     ) {
         let bytes = text.as_bytes();
-        // Piece i of a batch is bytes[bounds[i]..bounds[i + 1]].
-        let mut bounds = [0; BATCH + 64 + 4];
-        let mut ids = [0; BATCH + 64];
-        let mut keys = [(Key::new(b""), 0); BATCH + 64];
-        let mut misses = [0u8; BATCH + 64];
+        let (mut new, mut old) = (&mut Batch::new(), &mut Batch::new());
         loop {
-            let mut num = 0;
-            while num < BATCH {
-                let Some((base, mut bits)) = next() else { break };
-                let end = num + bits.count_ones() as usize;
-                while num < end {
-                    // Four at a time; what is too much is overwritten.
-                    for bound in &mut bounds[num + 1..][..4] {
-                        *bound = base + bits.trailing_zeros() as usize;
-                        bits &= bits.wrapping_sub(1);
-                    }
-                    num += 4;
-                }
-                num = end;
+            new.cut(old.bounds[old.num], bytes, &mut next);
+            // While the memory for one batch is on its way, the batch before
+            // it is looked up.
+            for i in 0..new.num {
+                new.prepare(i, bytes, &state.cache);
             }
-            if num == 0 {
+            for i in 0..old.num {
+                let (key, hash) = old.keys[i];
+                let piece = old.piece(i, bytes);
+                match state.cache.get_first(key, hash, piece) {
+                    Found::One(id) => out.one(id),
+                    Found::Many(ids) => out.many(ids),
+                    Found::Missing => self.missed(key, piece, state, out),
+                }
+            }
+            if new.num == 0 {
                 return;
             }
-            let far_from_end = bounds[num - 1] + KEY_BYTES <= bytes.len();
-            for i in 0..num {
-                let (start, len) = (bounds[i], bounds[i + 1] - bounds[i]);
-                let key = if far_from_end {
-                    // SAFETY: no piece of the batch begins later than the last.
-                    unsafe { Key::at(bytes, start, len) }
-                } else {
-                    Key::new(&bytes[start..start + len])
-                };
-                let hash = key.hash();
-                self.words.prefetch(hash);
-                keys[i] = (key, hash);
-            }
-            let mut num_misses = 0;
-            for i in 0..num {
-                let (key, hash) = keys[i];
-                let id = self.words.get_first(key, hash);
-                ids[i] = id.unwrap_or_default();
-                misses[num_misses] = i as u8;
-                num_misses += usize::from(id.is_none());
-            }
-            for &i in &misses[..num_misses] {
-                state.cache.prefetch(keys[usize::from(i)].1);
-            }
-            let mut done = 0;
-            for &i in &misses[..num_misses] {
-                let i = usize::from(i);
-                out.many(&ids[done..i]);
-                let piece = &bytes[bounds[i]..bounds[i + 1]];
-                self.missed(piece, state, out);
-                done = i + 1;
-            }
-            out.many(&ids[done..num]);
-            bounds[0] = bounds[num];
+            std::mem::swap(&mut new, &mut old);
         }
     }
 
-    /// A piece that was not found in its first slot.
+    /// A piece that was not found in the cache at first sight.
     #[inline(never)]
-    fn missed(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
-        if let Some(id) = self.words.get(piece, &self.tokens) {
-            return out.many(&[id]);
-        }
-        if piece.len() > CACHED_BYTES {
-            return self.long(piece, state, out);
-        }
-        if let Some(ids) = state.cache.get(piece) {
-            return out.many(ids);
+    fn missed(&self, key: Key, piece: &[u8], state: &mut State, out: &mut impl Output) {
+        match state.cache.get(key, piece) {
+            Found::One(id) => return out.one(id),
+            Found::Many(ids) => return out.many(ids),
+            Found::Missing => {}
         }
         state.ids.clear();
-        self.table.piece(piece, &mut state.ids);
-        state.cache.insert(piece, &state.ids);
+        if let Some(id) = self.words.get(key, piece, &self.tokens) {
+            state.ids.push(id);
+        } else if piece.len() > CACHED_BYTES {
+            return self.long(piece, state, out);
+        } else {
+            self.table.piece(piece, &mut state.ids);
+        }
+        if piece.len() <= CACHED_BYTES {
+            state.cache.insert(key, piece, &state.ids);
+        }
         out.many(&state.ids);
     }
 
@@ -426,21 +476,26 @@ impl Bpe {
         if let [byte] = part {
             return ids.push(self.table.byte_id(*byte));
         }
+        let key = Key::of(part);
         if self.table.is_ordered() {
             // Else some tokens are only found as whole pieces.
-            if let Some(id) = self.words.get(part, &self.tokens) {
+            if let Some(id) = self.words.get(key, part, &self.tokens) {
                 return ids.push(id);
             }
         }
         if part.len() > CACHED_BYTES {
             return self.table.piece(part, ids);
         }
-        if let Some(known) = cache.get(part) {
-            return ids.extend_from_slice(known);
+        if self.table.is_ordered() {
+            if let Found::Many(known) = cache.get(key, part) {
+                return ids.extend_from_slice(known);
+            }
         }
         let start = ids.len();
         self.table.piece(part, ids);
-        cache.insert(part, &ids[start..]);
+        if self.table.is_ordered() {
+            cache.insert(key, part, &ids[start..]);
+        }
     }
 }
 

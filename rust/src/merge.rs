@@ -48,7 +48,7 @@ pub(crate) struct Merges {
     byte_ids: [u32; 256],
     /// What two single bytes become: most lookups are of such pairs.
     byte_pairs: Vec<u32>,
-    /// Open addressing: left, right and id in one word, at most a quarter full.
+    /// Open addressing: left, right and id in one word, at most half full.
     pairs: Vec<u64>,
     shift: u32,
     /// A bit for every pair, by its hash: most lookups end here, in memory
@@ -71,13 +71,13 @@ impl Merges {
         tokens: &Tokens,
         ordered: bool,
     ) -> Result<Merges, Error> {
-        let slots = (pairs.len() * 4).next_power_of_two().max(64);
+        let slots = (pairs.len() * 2).next_power_of_two().max(64);
         let mut merges = Merges {
             byte_ids,
             byte_pairs: vec![NONE; 1 << 16],
             pairs: vec![EMPTY; slots],
             shift: 64 - slots.trailing_zeros(),
-            filter: vec![0; (slots / 32).max(1)],
+            filter: vec![0; (slots / 16).max(1)],
             neighbours: vec![[0; 4]; 256],
             ordered,
         };

@@ -40,7 +40,8 @@ const MASKS: [(u64, u64); 16] = {
 };
 /// Above the bytes, below the length: bits that are 0 in every key.
 const NUMBER_SHIFT: u32 = 32;
-const NUMBER_BITS: u64 = 0xFFF_FFFF << NUMBER_SHIFT;
+const NUMBER_MASK: u32 = 0xFFF_FFFF;
+const NUMBER_BITS: u64 = (NUMBER_MASK as u64) << NUMBER_SHIFT;
 /// In place of a length: the key is that of a long piece.
 const LONG: u64 = 14;
 
@@ -79,6 +80,7 @@ impl Key {
     }
 
     /// The key of a piece of more than 12 bytes.
+    #[inline(never)]
     fn long(piece: &[u8]) -> Key {
         let mut hasher = FxHasher::default();
         hasher.write(piece);
@@ -87,7 +89,8 @@ impl Key {
     }
 
     /// [`Key::new`] or [`Key::long`], as the piece has it.
-    fn of(piece: &[u8]) -> Key {
+    #[inline]
+    pub(crate) fn of(piece: &[u8]) -> Key {
         if piece.len() <= KEY_BYTES {
             Key::new(piece)
         } else {
@@ -123,9 +126,14 @@ impl Word {
     }
 
     #[inline(always)]
+    fn is(self, key: Key) -> bool {
+        (self.0 ^ key.0) | (self.1 ^ key.1) & !NUMBER_BITS == 0
+    }
+
+    #[inline(always)]
     fn number_of(self, key: Key) -> Option<u32> {
-        let difference = (self.0 ^ key.0) | (self.1 ^ key.1) & !NUMBER_BITS;
-        (difference == 0).then_some(((self.1 & NUMBER_BITS) >> NUMBER_SHIFT) as u32)
+        let number = (self.1 >> NUMBER_SHIFT) as u32 & NUMBER_MASK;
+        self.is(key).then_some(number)
     }
 }
 
@@ -139,48 +147,30 @@ impl Words {
     /// A table with room for `tokens` tokens.
     pub(crate) fn new(tokens: usize) -> Words {
         Words {
-            slots: vec![Word::NONE; (tokens * 2).next_power_of_two().max(1024)],
+            slots: vec![Word::NONE; (tokens * 2).next_power_of_two()],
             longest: 0,
         }
     }
 
-    /// Adds the token `id` of `tokens`. Frequent ones come first: they get the
-    /// better slots. Of two tokens with the same bytes the first is found.
+    /// Adds the token `id` of `tokens`. Of two with the same bytes the first is
+    /// found.
     pub(crate) fn insert(&mut self, id: u32, tokens: &Tokens) {
         let bytes = tokens.get(id);
         self.longest = self.longest.max(bytes.len());
         let key = Key::of(bytes);
-        let mut slot = self.slot(key.hash());
+        let mut slot = key.hash() as usize & (self.slots.len() - 1);
         while !self.slots[slot].is_none() {
             slot = (slot + 1) & (self.slots.len() - 1);
         }
         self.slots[slot] = Word::new(key, id);
     }
 
-    #[inline(always)]
-    fn slot(&self, hash: u64) -> usize {
-        hash as usize & (self.slots.len() - 1)
-    }
-
-    /// Asks for the memory of a key's first slot before it is needed.
-    #[inline(always)]
-    pub(crate) fn prefetch(&self, hash: u64) {
-        prefetch(&self.slots, self.slot(hash));
-    }
-
-    /// The id of a short key if it is in its first slot, as nearly all are.
-    #[inline(always)]
-    pub(crate) fn get_first(&self, key: Key, hash: u64) -> Option<u32> {
-        self.slots[self.slot(hash)].number_of(key)
-    }
-
     /// The id of a piece that is a token.
-    pub(crate) fn get(&self, piece: &[u8], tokens: &Tokens) -> Option<u32> {
+    pub(crate) fn get(&self, key: Key, piece: &[u8], tokens: &Tokens) -> Option<u32> {
         if piece.len() > self.longest {
             return None;
         }
-        let key = Key::of(piece);
-        let mut slot = self.slot(key.hash());
+        let mut slot = key.hash() as usize & (self.slots.len() - 1);
         while !self.slots[slot].is_none() {
             if let Some(id) = self.slots[slot].number_of(key) {
                 if piece.len() <= KEY_BYTES || tokens.get(id) == piece {
@@ -193,64 +183,118 @@ impl Words {
     }
 }
 
-/// What merging gave for pieces that are no tokens, within a fixed size.
+/// The ids of pieces met before, within a fixed size.
 ///
-/// `slots` are sets of four, the newest first, with a place in the ring for
-/// each piece. There the ring holds the number of ids, the ids and, for a long
-/// piece, its length and bytes. What is new overwrites what is oldest.
+/// The number of a word is the id of a piece that is one token. For any other
+/// piece it is a place in the ring, where there is the number of ids, the ids
+/// and, for a long piece, its length and bytes; what is new overwrites what is
+/// oldest.
 pub(crate) struct Cache {
-    slots: Vec<Word>,
-    used: usize, // slots that are not empty
+    pairs: Vec<Pair>,
+    used: usize, // words that are not empty
+    turn: usize, // which word gives way next
     ring: Vec<u32>,
-    head: u32, // words ever written to the ring; places count like this too
+    head: u32, // numbers ever written to the ring; places count like this too
 }
 
-const WAYS: usize = 4; // four words are one cache line
-const FIRST_SLOTS: usize = 1 << 11;
-const MAX_SLOTS: usize = 1 << 17;
+/// Two words that are looked at together; two pairs are a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct Pair([Word; 2]);
+
+const NO_PAIR: Pair = Pair([Word::NONE; 2]);
+/// Added to places in the ring, to tell them from an id.
+const PLACE: u32 = 1 << 21;
+const FIRST_PAIRS: usize = 1 << 10;
+const MAX_PAIRS: usize = 1 << 16;
 const RING: usize = 1 << 19;
 /// Places have 28 bits.
-const MAX_HEAD: u32 = (1 << 28) - RING as u32;
+const MAX_HEAD: u32 = (1 << 28) - PLACE - 2 * RING as u32;
+/// A piece that found its pair full is in one of the three around it.
+const PLACES: [usize; 4] = [0, 1, 2, 3];
+
+/// What the cache knows of a piece at first sight.
+pub(crate) enum Found<'a> {
+    /// It is a token.
+    One(u32),
+    /// It has these ids.
+    Many(&'a [u32]),
+    /// It is not in its first pair.
+    Missing,
+}
 
 impl Cache {
-    /// A full cache takes less: 2 MiB of slots, a quarter as much while it
-    /// grows to that, and 2 MiB of ids.
+    /// A full cache takes less: 2 MiB of words, a quarter as much while it
+    /// grows to that, and 2 MiB of ring.
     pub(crate) const MAX_BYTES: usize =
-        MAX_SLOTS * size_of::<Word>() * 5 / 4 + RING * size_of::<u32>() + (1 << 10);
+        MAX_PAIRS * size_of::<Pair>() * 5 / 4 + RING * size_of::<u32>() + (1 << 10);
 
     /// An empty cache; it grows to its full size with the pieces it is given.
     pub(crate) fn new() -> Cache {
         Cache {
-            slots: vec![Word::NONE; FIRST_SLOTS],
+            pairs: vec![NO_PAIR; FIRST_PAIRS],
             used: 0,
+            turn: 0,
             ring: Vec::new(),
             head: 0,
         }
     }
 
     #[inline(always)]
-    fn set(&self, hash: u64) -> usize {
-        (hash >> 32) as usize & (self.slots.len() - WAYS)
+    fn at(&self, hash: u64) -> usize {
+        hash as usize & (self.pairs.len() - 1)
     }
 
-    /// Asks for the memory of a set before it is needed.
+    /// Asks for the memory of a key's pair before it is needed.
     #[inline(always)]
     pub(crate) fn prefetch(&self, hash: u64) {
-        prefetch(&self.slots, self.set(hash));
+        prefetch(&self.pairs, self.at(hash));
     }
 
-    /// The ids of a piece that was inserted.
+    /// What is known of a piece; `key` is [`Key::of`] it, `hash` its hash.
+    #[inline(always)]
+    pub(crate) fn get_first(&self, key: Key, hash: u64, piece: &[u8]) -> Found<'_> {
+        let [a, b] = self.pairs[self.at(hash)].0;
+        // Without a branch on which of the two it is.
+        let (is_a, is_b) = (a.is(key), b.is(key));
+        let mask = u64::from(is_a).wrapping_neg();
+        let word = a.1 & mask | b.1 & !mask;
+        let none = u32::from(is_a | is_b).wrapping_sub(1);
+        let number = (word >> NUMBER_SHIFT) as u32 & NUMBER_MASK | none;
+        if number < PLACE {
+            return Found::One(number);
+        }
+        if number == u32::MAX {
+            return Found::Missing;
+        }
+        self.in_ring(number - PLACE, piece).map_or(Found::Missing, Found::Many)
+    }
+
+    /// Whether a piece was inserted, wherever it is.
+    pub(crate) fn get(&self, key: Key, piece: &[u8]) -> Found<'_> {
+        let home = self.at(key.hash());
+        for place in PLACES {
+            for word in self.pairs[home ^ place].0 {
+                match word.number_of(key) {
+                    Some(id) if id < PLACE => return Found::One(id),
+                    Some(number) => {
+                        let ids = self.in_ring(number - PLACE, piece);
+                        return ids.map_or(Found::Missing, Found::Many);
+                    }
+                    None => {}
+                }
+            }
+        }
+        Found::Missing
+    }
+
     #[inline]
-    pub(crate) fn get(&self, piece: &[u8]) -> Option<&[u32]> {
-        let key = Key::of(piece);
-        let set = self.set(key.hash());
-        let place = self.slots[set..set + WAYS].iter().find_map(|word| word.number_of(key))?;
+    fn in_ring(&self, place: u32, piece: &[u8]) -> Option<&[u32]> {
         if self.head - place > RING as u32 {
             return None; // overwritten
         }
         let entry = &self.ring[place as usize % RING..];
-        let count = entry[0] as usize;
-        let (ids, rest) = entry[1..].split_at(count);
+        let (ids, rest) = entry[1..].split_at(entry[0] as usize);
         if piece.len() > KEY_BYTES {
             let same_len = rest[0] as usize == piece.len();
             if !same_len || !words(piece).zip(&rest[1..]).all(|(a, &b)| a == b) {
@@ -261,14 +305,63 @@ impl Cache {
     }
 
     /// Remembers the ids of a piece of at most [`CACHED_BYTES`].
-    pub(crate) fn insert(&mut self, piece: &[u8], ids: &[u32]) {
-        if self.used * 2 > self.slots.len() && self.slots.len() < MAX_SLOTS {
+    pub(crate) fn insert(&mut self, key: Key, piece: &[u8], ids: &[u32]) {
+        if self.used >= self.pairs.len() && self.pairs.len() < MAX_PAIRS {
             self.grow();
+        }
+        let number = match ids {
+            &[id] if piece.len() <= KEY_BYTES => id,
+            _ => self.write_to_ring(piece, ids) + PLACE,
+        };
+        self.put(Word::new(key, number));
+    }
+
+    fn put(&mut self, word: Word) {
+        let home = self.at(word.key().hash());
+        for place in PLACES {
+            for old in &mut self.pairs[home ^ place].0 {
+                if old.is_none() || old.key() == word.key() {
+                    self.used += usize::from(old.is_none());
+                    *old = word;
+                    return;
+                }
+            }
+        }
+        // Where all is full any word gives way: the oldest would be the worst
+        // choice for a text that is read again and again.
+        self.turn = self.turn.wrapping_add(1);
+        self.pairs[home].0[self.turn % 2] = word;
+    }
+
+    fn grow(&mut self) {
+        let larger = vec![NO_PAIR; self.pairs.len() * 4];
+        self.used = 0;
+        for pair in std::mem::replace(&mut self.pairs, larger) {
+            for word in pair.0 {
+                if !word.is_none() {
+                    self.put(word);
+                }
+            }
+        }
+    }
+
+    /// The place of a new entry of the ring.
+    fn write_to_ring(&mut self, piece: &[u8], ids: &[u32]) -> u32 {
+        if self.ring.is_empty() {
+            self.ring = vec![0; RING];
+        }
+        if self.head > MAX_HEAD {
+            // Places would repeat, and old words point to new ids.
+            self.pairs.fill(NO_PAIR);
+            (self.used, self.head) = (0, 0);
         }
         let long = piece.len() > KEY_BYTES;
         let len = 1 + ids.len() + if long { 1 + piece.len().div_ceil(4) } else { 0 };
-        let start = self.make_room(len);
-        let place = self.head;
+        let mut start = self.head as usize % RING;
+        if start + len > RING {
+            self.head += (RING - start) as u32;
+            start = 0;
+        }
         let entry = &mut self.ring[start..start + len];
         entry[0] = ids.len() as u32;
         entry[1..=ids.len()].copy_from_slice(ids);
@@ -279,45 +372,9 @@ impl Cache {
                 *to = from;
             }
         }
+        let place = self.head;
         self.head += len as u32;
-        self.put(Word::new(Key::of(piece), place));
-    }
-
-    fn put(&mut self, word: Word) {
-        let set = self.set(word.key().hash());
-        let ways = &mut self.slots[set..set + WAYS];
-        let old = ways.iter().position(|w| w.is_none() || w.key() == word.key());
-        let gives_way = old.unwrap_or(WAYS - 1);
-        self.used += usize::from(ways[gives_way].is_none());
-        ways.copy_within(..gives_way, 1);
-        ways[0] = word;
-    }
-
-    fn grow(&mut self) {
-        let larger = vec![Word::NONE; self.slots.len() * 4];
-        let old = std::mem::replace(&mut self.slots, larger);
-        self.used = 0;
-        for word in old.into_iter().rev().filter(|word| !word.is_none()) {
-            self.put(word);
-        }
-    }
-
-    /// Where in the ring `len` words may be written, at what is then the head.
-    fn make_room(&mut self, len: usize) -> usize {
-        if self.ring.is_empty() {
-            self.ring = vec![0; RING];
-        }
-        if self.head > MAX_HEAD {
-            // Places would repeat, and old words point to new ids.
-            self.slots.fill(Word::NONE);
-            (self.used, self.head) = (0, 0);
-        }
-        let start = self.head as usize % RING;
-        if start + len <= RING {
-            return start;
-        }
-        self.head += (RING - start) as u32;
-        0
+        place
     }
 }
 
@@ -331,17 +388,17 @@ fn words(piece: &[u8]) -> impl Iterator<Item = u32> + '_ {
 }
 
 #[inline(always)]
-fn prefetch(words: &[Word], at: usize) {
+fn prefetch<T>(lines: &[T], at: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-        let word = words.as_ptr().wrapping_add(at);
+        let line = lines.as_ptr().wrapping_add(at);
         // SAFETY: SSE is part of x86-64, and a prefetch reads nothing as far as
         // the program can tell, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(word.cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (words, at);
+    let _ = (lines, at);
 }
 
 #[cfg(test)]
@@ -381,6 +438,31 @@ mod tests {
         piece.iter().map(|&b| u32::from(b)).chain([piece.len() as u32]).collect()
     }
 
+    /// Ids that tell which piece they belong to.
+    fn ids_of(piece: &[u8]) -> Vec<u32> {
+        match piece {
+            [a, b, b'0'] => vec![u32::from(*a) << 8 | u32::from(*b)],
+            _ => piece.iter().map(|&b| b.into()).chain([piece.len() as u32]).collect(),
+        }
+    }
+
+    fn insert(cache: &mut Cache, piece: &[u8]) {
+        cache.insert(Key::of(piece), piece, &ids_of(piece));
+    }
+
+    fn get(cache: &Cache, piece: &[u8]) -> Option<Vec<u32>> {
+        let key = Key::of(piece);
+        let all = |found: Found| match found {
+            Found::One(id) => Some(vec![id]),
+            Found::Many(ids) => Some(ids.to_vec()),
+            Found::Missing => None,
+        };
+        let ids = all(cache.get(key, piece));
+        let first = all(cache.get_first(key, key.hash(), piece));
+        assert!(first.is_none() || first == ids);
+        ids
+    }
+
     #[test]
     fn the_cache_forgets_but_never_errs_and_never_grows_further() {
         let mut cache = Cache::new();
@@ -388,29 +470,29 @@ mod tests {
         for i in 0..600_000u32 {
             let text = format!("{i:x}");
             let piece = if i % 3 == 0 { text.repeat(3) } else { text };
-            cache.insert(piece.as_bytes(), &ids_of(piece.as_bytes()));
-            assert_eq!(cache.get(piece.as_bytes()), Some(&*ids_of(piece.as_bytes())));
+            insert(&mut cache, piece.as_bytes());
+            assert_eq!(get(&cache, piece.as_bytes()), Some(ids_of(piece.as_bytes())));
             let earlier = format!("{:x}", i / 2);
-            if let Some(ids) = cache.get(earlier.as_bytes()) {
+            if let Some(ids) = get(&cache, earlier.as_bytes()) {
                 assert_eq!(ids, ids_of(earlier.as_bytes()));
                 known += 1;
             }
         }
         assert!(known > 50_000, "{known}");
-        let bytes = cache.slots.capacity() * size_of::<Word>() + cache.ring.capacity() * 4;
+        let bytes = size_of_val(&*cache.pairs) + size_of_val(&*cache.ring);
         assert!(bytes <= Cache::MAX_BYTES);
     }
 
     #[test]
     fn the_cache_starts_again_before_places_repeat() {
         let mut cache = Cache::new();
-        cache.insert(b"old", &[1, 2]);
+        insert(&mut cache, b"old");
         cache.head = MAX_HEAD - 1;
-        cache.insert(b"new", &[3, 4]);
-        cache.insert(b"newer", &[5]);
-        cache.insert(b"newest", &[6]);
-        assert_eq!(cache.get(b"old"), None);
-        assert_eq!(cache.get(b"newest"), Some(&[6][..]));
+        for piece in [&b"new"[..], b"newer", b"newest"] {
+            insert(&mut cache, piece);
+        }
+        assert_eq!(get(&cache, b"old"), None);
+        assert_eq!(get(&cache, b"newest"), Some(ids_of(b"newest")));
         assert!(cache.head < 100);
     }
 }
