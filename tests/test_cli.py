@@ -302,6 +302,6 @@ def test_tok_train_eval_encode_decode(tmp_path: Path, capsys: pytest.CaptureFixt
     result = json.loads(printed)
     assert result["documents_changed_by_a_round_trip"] == 0
     assert result["together"]["bytes_per_token"]["fledge"] > 1
-    assert list(result["domains"]) == ["text"]
+    assert list(result["domains"]) == ["a"]
     assert call(capsys, "tok", "decode", out, "99999")[0] == 1
     assert call(capsys, "tok", "decode", out, "cat")[0] == 1
