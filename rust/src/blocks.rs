@@ -11,10 +11,13 @@
 //! (o200k's letters without case, its marks, its slashes after newlines) is
 //! left to [`crate::scan`], one piece after another until the block is over.
 
-use crate::masks::{classify, Masks, BLOCK};
+use crate::masks::{classify, inner_bytes, Masks, BLOCK};
 use crate::scan::{contraction, Scanner};
 use crate::split::{Family, Rule};
-use crate::unicode::Class;
+use crate::unicode::{Class, ClassSet};
+
+/// What o200k's masks do not express: letters and marks that count as upper and lower case.
+const HARD: ClassSet = Class::Letter.set().or(Class::Mark.set());
 
 /// Finds where pieces begin, block by block.
 pub(crate) struct Blocks<'a> {
@@ -23,6 +26,7 @@ pub(crate) struct Blocks<'a> {
     last_start: usize, // where the piece that reaches `next` begins
     carry: Carry,
     finished: bool,
+    was_hard: bool, // the last block was left to the other scanner for its letters or marks
 }
 
 /// What came before a block. All zero: a piece begins with the block.
@@ -69,6 +73,7 @@ impl<'a> Blocks<'a> {
             last_start: 0,
             carry: Carry::default(),
             finished: text.is_empty(),
+            was_hard: false,
         }
     }
 
@@ -98,14 +103,12 @@ impl<'a> Blocks<'a> {
         let base = self.next;
         let text = self.scanner.text.as_bytes();
         let mut len = BLOCK.min(text.len() - base);
-        let masks = match text[base..].first_chunk::<BLOCK>() {
-            Some(block) => classify::<CASED>(block),
-            None => {
-                let mut block = [0; BLOCK];
-                block[..len].copy_from_slice(&text[base..]);
-                classify::<CASED>(&block)
-            }
-        };
+        let mut padded = [0; BLOCK];
+        let block = text[base..].first_chunk().unwrap_or_else(|| {
+            padded[..len].copy_from_slice(&text[base..]);
+            &padded
+        });
+        let masks = classify::<CASED>(block);
         let classes = if masks.wide == 0 {
             let valid = u64::MAX >> (BLOCK - len);
             Some(Classes {
@@ -119,11 +122,17 @@ impl<'a> Blocks<'a> {
                 quote: masks.quote,
                 inner: 0,
             })
+        } else if self.was_hard {
+            // Likely more of the same script; look again after this one.
+            self.was_hard = false;
+            None
         } else {
             while !self.scanner.text.is_char_boundary(base + len) {
                 len -= 1;
             }
-            self.wide_classes::<CASED>(&masks, base, len)
+            let classes = self.wide_classes::<CASED>(&masks, inner_bytes(block), base, len);
+            self.was_hard = classes.is_none();
+            classes
         };
         let slashes = CASED && masks.slash & (masks.newline << 1 | self.carry.newline) != 0;
         match classes {
@@ -140,7 +149,7 @@ impl<'a> Blocks<'a> {
     }
 
     /// [`Blocks::block`] without masks, up to the first piece that begins at `end` or later.
-    #[cold]
+    #[inline(never)]
     fn piece_by_piece(&mut self, base: usize, end: usize) -> u64 {
         let mut starts = 0;
         let mut at = self.last_start;
@@ -162,39 +171,44 @@ impl<'a> Blocks<'a> {
     fn wide_classes<const CASED: bool>(
         &self,
         masks: &Masks,
+        inner: u64,
         base: usize,
         len: usize,
     ) -> Option<Classes> {
         let text = self.scanner.text.as_bytes();
         let rule = self.scanner.rule;
         let valid = u64::MAX >> (BLOCK - len);
-        let mut of_class = [0u64; 8];
-        let mut inner = 0;
-        let mut wide = masks.wide & valid;
-        while wide != 0 {
-            let at = wide.trailing_zeros() as usize;
-            let (class, len) = self.scanner.table.at_wide(text, base + at);
-            let bytes = ((1 << len) - 1) << at;
-            of_class[class as usize] |= bytes;
-            inner |= bytes & (bytes << 1);
-            wide &= !bytes;
+        let inner = inner & valid;
+        // First the bits of first bytes. Nothing in this loop waits for the turn before.
+        let (mut letter, mut upper, mut number, mut space, mut hard) = (0, 0, 0, 0, 0);
+        let mut firsts = masks.wide & valid & !inner;
+        while firsts != 0 {
+            let at = firsts.trailing_zeros();
+            firsts &= firsts - 1;
+            let (class, _) = self.scanner.table.at_wide(text, base + at as usize);
+            letter |= rule.letters.bit(class) << at;
+            number |= Class::Number.set().bit(class) << at;
+            space |= Class::Space.set().bit(class) << at;
+            if CASED {
+                upper |= Class::Upper.set().bit(class) << at;
+                hard |= HARD.bit(class);
+            }
         }
-        let of = |class: Class| of_class[class as usize];
-        if CASED && of(Class::Letter) | of(Class::Mark) != 0 {
+        if CASED && hard != 0 {
             return None;
         }
-        let mark_letters = if rule.letters.has(Class::Mark) {
-            of(Class::Mark)
-        } else {
-            0
+        let spread = |mut mask: u64| {
+            for _ in 0..3 {
+                mask |= mask << 1 & inner;
+            }
+            mask
         };
-        let letters = of(Class::Letter) | of(Class::Upper) | of(Class::Lower) | mark_letters;
-        let letter = masks.letter & valid | letters;
-        let number = masks.number & valid | of(Class::Number);
-        let white = masks.white & valid | of(Class::Space);
+        let letter = masks.letter & valid | spread(letter);
+        let number = masks.number & valid | spread(number);
+        let white = masks.white & valid | spread(space);
         Some(Classes {
             letter,
-            upper: masks.upper & valid | of(Class::Upper),
+            upper: masks.upper & valid | spread(upper),
             number,
             other: !(letter | number | white) & valid,
             white,

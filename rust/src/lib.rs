@@ -32,8 +32,10 @@
 //!
 //! # Modules and features
 //!
-//! `split`, `train` and `encode` are the three steps; `reference` is a naive
-//! twin of all of them, there to be read and to be tested against. The feature
+//! `split`, `train` and `encode` are the three steps, each with its own helpers:
+//! `blocks`, `masks`, `scan` and `unicode` find pieces, `count`, `table` and
+//! `count_file` count them. `reference` is a naive twin of all of them, there
+//! to be read and to be tested against. The feature
 //! `python` adds the module `fledge._bpe`; the core never sees Python.
 
 #![deny(missing_docs)]

@@ -35,11 +35,21 @@ pub(crate) fn classify<const CASED: bool>(block: &[u8; BLOCK]) -> Masks {
     return swar::classify::<CASED>(block);
 }
 
+/// Where a character goes on: the bytes 0x80 to 0xBF.
+#[inline(always)]
+pub(crate) fn inner_bytes(block: &[u8; BLOCK]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE2 is part of x86-64.
+    return unsafe { sse2::inner_bytes(block) };
+    #[cfg(not(target_arch = "x86_64"))]
+    return swar::inner_bytes(block);
+}
+
 #[cfg(target_arch = "x86_64")]
 mod sse2 {
     use std::arch::x86_64::{
-        __m128i, _mm_add_epi8, _mm_cmpeq_epi8, _mm_loadu_si128, _mm_min_epu8, _mm_movemask_epi8,
-        _mm_or_si128, _mm_set1_epi8,
+        __m128i, _mm_add_epi8, _mm_cmpeq_epi8, _mm_cmplt_epi8, _mm_loadu_si128, _mm_min_epu8,
+        _mm_movemask_epi8, _mm_or_si128, _mm_set1_epi8,
     };
 
     use super::{Masks, BLOCK};
@@ -67,6 +77,19 @@ mod sse2 {
             }
         }
         masks
+    }
+
+    #[inline]
+    #[target_feature(enable = "sse2")]
+    pub(super) fn inner_bytes(block: &[u8; BLOCK]) -> u64 {
+        let mut mask = 0;
+        for (i, part) in block.as_chunks::<16>().0.iter().enumerate() {
+            // SAFETY: as in `classify`.
+            let bytes = unsafe { _mm_loadu_si128(part.as_ptr().cast()) };
+            let inner = _mm_cmplt_epi8(bytes, _mm_set1_epi8(0xC0u8 as i8)); // as signed bytes
+            mask |= u64::from(_mm_movemask_epi8(inner) as u16) << (16 * i);
+        }
+        mask
     }
 
     #[inline]
@@ -120,6 +143,16 @@ mod swar {
         masks
     }
 
+    #[inline(always)]
+    pub(super) fn inner_bytes(block: &[u8; BLOCK]) -> u64 {
+        let mut mask = 0;
+        for (i, &part) in block.as_chunks::<8>().0.iter().enumerate() {
+            let bytes = u64::from_le_bytes(part);
+            mask |= gather(bytes & !(bytes << 1) & HIGH) << (8 * i);
+        }
+        mask
+    }
+
     /// The high bits of eight bytes as eight neighbouring bits.
     #[inline(always)]
     fn gather(mask: u64) -> u64 {
@@ -158,6 +191,11 @@ mod tests {
                 let expected = plain(&block);
                 assert_eq!(classify::<true>(&block), expected);
                 assert_eq!(swar::classify::<true>(&block), expected);
+                let inner = (0..BLOCK).fold(0, |mask, i| {
+                    mask | u64::from(matches!(block[i], 0x80..=0xBF)) << i
+                });
+                assert_eq!(inner_bytes(&block), inner);
+                assert_eq!(swar::inner_bytes(&block), inner);
                 let uncased = Masks {
                     upper: 0,
                     slash: 0,

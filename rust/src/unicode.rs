@@ -54,7 +54,13 @@ impl ClassSet {
 
     #[inline(always)]
     pub(crate) const fn has(self, class: Class) -> bool {
-        self.0 >> class as u8 & 1 != 0
+        self.bit(class) != 0
+    }
+
+    /// 1 if `class` is in the set, else 0.
+    #[inline(always)]
+    pub(crate) const fn bit(self, class: Class) -> u64 {
+        (self.0 >> class as u8 & 1) as u64
     }
 }
 
