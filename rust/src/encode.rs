@@ -54,16 +54,10 @@ struct State {
 
 /// Where ids go: a list of them, or a mere count.
 trait Output {
-    fn one(&mut self, id: u32);
     fn many(&mut self, ids: &[u32]);
 }
 
 impl Output for Vec<u32> {
-    #[inline(always)]
-    fn one(&mut self, id: u32) {
-        self.push(id);
-    }
-
     #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         self.extend_from_slice(ids);
@@ -72,22 +66,12 @@ impl Output for Vec<u32> {
 
 impl Output for Vec<u16> {
     #[inline(always)]
-    fn one(&mut self, id: u32) {
-        self.push(id as u16);
-    }
-
-    #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         self.extend(ids.iter().map(|&id| id as u16));
     }
 }
 
 impl Output for usize {
-    #[inline(always)]
-    fn one(&mut self, _: u32) {
-        *self += 1;
-    }
-
     #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         *self += ids.len();
@@ -402,6 +386,7 @@ impl Bpe {
     ) {
         let bytes = text.as_bytes();
         let (mut new, mut old) = (&mut Batch::new(), &mut Batch::new());
+        let mut ids = [0; 4 * (BATCH + 64 + 1)];
         loop {
             new.cut(old.bounds[old.num], bytes, &mut next);
             // While the memory for one batch is on its way, the batch before
@@ -409,15 +394,32 @@ impl Bpe {
             for i in 0..new.num {
                 new.prepare(i, bytes, &state.cache);
             }
+            let mut num = 0;
             for i in 0..old.num {
                 let (key, hash) = old.keys[i];
                 let piece = old.piece(i, bytes);
                 match state.cache.get_first(key, hash, piece) {
-                    Found::One(id) => out.one(id),
-                    Found::Many(ids) => out.many(ids),
-                    Found::Missing => self.missed(key, piece, state, out),
+                    Found::One(id) => {
+                        ids[num] = id;
+                        num += 1;
+                    }
+                    Found::Few(few, count) => {
+                        ids[num..num + few.len()].copy_from_slice(few);
+                        num += count;
+                    }
+                    Found::Many(many) => {
+                        out.many(&ids[..num]);
+                        out.many(many);
+                        num = 0;
+                    }
+                    Found::Missing => {
+                        out.many(&ids[..num]);
+                        self.missed(key, piece, state, out);
+                        num = 0;
+                    }
                 }
             }
+            out.many(&ids[..num]);
             if new.num == 0 {
                 return;
             }
@@ -429,7 +431,8 @@ impl Bpe {
     #[inline(never)]
     fn missed(&self, key: Key, piece: &[u8], state: &mut State, out: &mut impl Output) {
         match state.cache.get(key, piece) {
-            Found::One(id) => return out.one(id),
+            Found::One(id) => return out.many(&[id]),
+            Found::Few(ids, count) => return out.many(&ids[..count]),
             Found::Many(ids) => return out.many(ids),
             Found::Missing => {}
         }
@@ -487,8 +490,11 @@ impl Bpe {
             return self.table.piece(part, ids);
         }
         if self.table.is_ordered() {
-            if let Found::Many(known) = cache.get(key, part) {
-                return ids.extend_from_slice(known);
+            match cache.get(key, part) {
+                Found::One(id) => return ids.push(id),
+                Found::Few(known, count) => return ids.extend_from_slice(&known[..count]),
+                Found::Many(known) => return ids.extend_from_slice(known),
+                Found::Missing => {}
             }
         }
         let start = ids.len();

@@ -210,13 +210,17 @@ const MAX_PAIRS: usize = 1 << 16;
 const RING: usize = 1 << 19;
 /// Places have 28 bits.
 const MAX_HEAD: u32 = (1 << 28) - PLACE - 2 * RING as u32;
-/// A piece that found its pair full is in one of the three around it.
-const PLACES: [usize; 4] = [0, 1, 2, 3];
+/// A piece that found its pair full is in one of those around it.
+const PLACES: usize = 8;
+/// Every entry of the ring may be read as if it had this many ids.
+const INLINE: usize = 4;
 
 /// What the cache knows of a piece at first sight.
 pub(crate) enum Found<'a> {
     /// It is a token.
     One(u32),
+    /// The first of these ids, so many.
+    Few(&'a [u32; INLINE], usize),
     /// It has these ids.
     Many(&'a [u32]),
     /// It is not in its first pair.
@@ -267,20 +271,18 @@ impl Cache {
         if number == u32::MAX {
             return Found::Missing;
         }
-        self.in_ring(number - PLACE, piece).map_or(Found::Missing, Found::Many)
+        self.in_ring(number - PLACE, piece)
     }
 
     /// Whether a piece was inserted, wherever it is.
     pub(crate) fn get(&self, key: Key, piece: &[u8]) -> Found<'_> {
         let home = self.at(key.hash());
-        for place in PLACES {
+        for place in 0..PLACES {
             for word in self.pairs[home ^ place].0 {
                 match word.number_of(key) {
                     Some(id) if id < PLACE => return Found::One(id),
-                    Some(number) => {
-                        let ids = self.in_ring(number - PLACE, piece);
-                        return ids.map_or(Found::Missing, Found::Many);
-                    }
+                    Some(number) => return self.in_ring(number - PLACE, piece),
+                    None if word.is_none() => return Found::Missing,
                     None => {}
                 }
             }
@@ -288,20 +290,26 @@ impl Cache {
         Found::Missing
     }
 
-    #[inline]
-    fn in_ring(&self, place: u32, piece: &[u8]) -> Option<&[u32]> {
+    #[inline(always)]
+    fn in_ring(&self, place: u32, piece: &[u8]) -> Found<'_> {
         if self.head - place > RING as u32 {
-            return None; // overwritten
+            return Found::Missing; // overwritten
         }
         let entry = &self.ring[place as usize % RING..];
-        let (ids, rest) = entry[1..].split_at(entry[0] as usize);
+        let count = entry[0] as usize;
+        if piece.len() <= KEY_BYTES && count <= INLINE {
+            if let Some(ids) = entry[1..].first_chunk() {
+                return Found::Few(ids, count);
+            }
+        }
+        let (ids, rest) = entry[1..].split_at(count);
         if piece.len() > KEY_BYTES {
             let same_len = rest[0] as usize == piece.len();
             if !same_len || !words(piece).zip(&rest[1..]).all(|(a, &b)| a == b) {
-                return None;
+                return Found::Missing;
             }
         }
-        Some(ids)
+        Found::Many(ids)
     }
 
     /// Remembers the ids of a piece of at most [`CACHED_BYTES`].
@@ -318,7 +326,7 @@ impl Cache {
 
     fn put(&mut self, word: Word) {
         let home = self.at(word.key().hash());
-        for place in PLACES {
+        for place in 0..PLACES {
             for old in &mut self.pairs[home ^ place].0 {
                 if old.is_none() || old.key() == word.key() {
                     self.used += usize::from(old.is_none());
@@ -348,7 +356,7 @@ impl Cache {
     /// The place of a new entry of the ring.
     fn write_to_ring(&mut self, piece: &[u8], ids: &[u32]) -> u32 {
         if self.ring.is_empty() {
-            self.ring = vec![0; RING];
+            self.ring = vec![0; RING + INLINE];
         }
         if self.head > MAX_HEAD {
             // Places would repeat, and old words point to new ids.
@@ -454,6 +462,7 @@ mod tests {
         let key = Key::of(piece);
         let all = |found: Found| match found {
             Found::One(id) => Some(vec![id]),
+            Found::Few(ids, count) => Some(ids[..count].to_vec()),
             Found::Many(ids) => Some(ids.to_vec()),
             Found::Missing => None,
         };
