@@ -44,8 +44,9 @@ check: .venv/.done-$(ENGINE) .venv/.done-dev ## formatting, lint, types, layers 
 	cargo clippy --locked --manifest-path rust/Cargo.toml --all-targets -- -D warnings
 	cargo clippy --locked --manifest-path rust/Cargo.toml --features python -- -D warnings
 
-bench: install ## measure this machine (see benchmarks/)
-	$(PY) benchmarks/tokenizer.py
+bench: install ## measure this machine, each figure beside a peer
+	.venv/bin/fledge bench sandbox
+	.venv/bin/fledge bench tok
 
 wheel-check: .venv/.done-rust .venv/.done-dev ## build the wheel and try it where there is no Rust
 	tools/install.sh wheel-check

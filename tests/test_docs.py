@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fledge import cli, cli_data, config, report
+from fledge import cli, cli_data, cli_tok, config, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "fledge"
@@ -90,7 +90,7 @@ def settings() -> set[str]:
 
 SUB_VERBS = {
     "data": ("list", "make", "check", "stats"),
-    "tok": ("train", "eval", "encode", "decode"),
+    "tok": ("train", "eval", "encode", "decode", "bench"),
 }
 
 
@@ -120,7 +120,8 @@ def test_sub_verbs_are_those_of_the_program():
     for verb, subs in SUB_VERBS.items():
         for sub in subs:
             assert re.search(rf"\b{sub}\b", cli.VERBS[verb].usage), (verb, sub)
-            assert hasattr(cli_data, f"_{sub}"), sub
+            module = {"data": cli_data, "tok": cli_tok}[verb]
+            assert hasattr(module, f"_{sub}"), sub
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)

@@ -41,22 +41,6 @@ pub fn train<'a>(
     learn(&counter.finish()?, num_merges)
 }
 
-/// `texts` in at most `parts` consecutive slices of about equal bytes.
-pub(crate) fn shares<S: AsRef<str>>(texts: &[S], parts: usize) -> Vec<&[S]> {
-    let total: usize = texts.iter().map(|t| t.as_ref().len()).sum();
-    let mut result = Vec::with_capacity(parts);
-    let (mut start, mut bytes) = (0, 0);
-    for (i, text) in texts.iter().enumerate() {
-        bytes += text.as_ref().len();
-        if bytes * parts >= total * (result.len() + 1) && result.len() + 1 < parts {
-            result.push(&texts[start..=i]);
-            start = i + 1;
-        }
-    }
-    result.push(&texts[start..]);
-    result
-}
-
 /// The first `num_merges` merges of the pieces, best first.
 ///
 /// Fewer come back when the pieces hold no further pair. Fails with [`ErrorKind::TooLarge`] where
@@ -545,15 +529,5 @@ mod tests {
         pieces.push(long.as_bytes(), 1);
         let error = learn_until(&pieces, 9, &mut |_| true).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Cancelled);
-    }
-
-    #[test]
-    fn shares_cover_everything_in_order() {
-        let texts = ["a", "bbbb", "", "cc", "d"];
-        for parts in 1..8 {
-            let joined: Vec<&str> = shares(&texts, parts).concat();
-            assert_eq!(joined, texts);
-            assert!(shares(&texts, parts).len() <= parts);
-        }
     }
 }
