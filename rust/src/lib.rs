@@ -48,6 +48,7 @@ mod merge;
 mod py;
 #[cfg(feature = "python")]
 mod py_bpe;
+mod ranks;
 pub mod reference;
 mod scan;
 mod split;
