@@ -53,6 +53,7 @@ mod py;
 #[cfg(feature = "python")]
 mod py_train;
 mod py_bpe;
+mod ranks;
 pub mod reference;
 mod scan;
 mod split;

@@ -252,6 +252,11 @@ impl Merges {
 
     /// A linked list of tokens and a heap of candidate merges: O(n log n).
     pub(crate) fn heap(&self, piece: &[u8], out: &mut Vec<u32>) {
+        self.heap_below(NONE, piece, out);
+    }
+
+    /// The same with the merges of lower rank than `limit` only.
+    pub(crate) fn heap_below(&self, limit: u32, piece: &[u8], out: &mut Vec<u32>) {
         let len = piece.len();
         assert!(len < NONE as usize, "a piece of 4 GiB");
         let mut tokens: Vec<u32> = piece.iter().map(|&b| self.byte_id(b)).collect();
@@ -267,6 +272,9 @@ impl Merges {
         let mut heap = BinaryHeap::from(first);
         while let Some(Reverse(entry)) = heap.pop() {
             let (rank, at) = ((entry >> 32) as u32, entry as u32);
+            if rank >= limit {
+                break;
+            }
             let i = at as usize;
             let right = next[i] as usize;
             // Stale if either token has changed since the entry was made.

@@ -274,12 +274,21 @@ impl Cache {
         self.in_ring(number - PLACE, piece)
     }
 
-    /// Whether a piece was inserted, wherever it is.
-    pub(crate) fn get(&self, key: Key, piece: &[u8]) -> Found<'_> {
+    /// What is known of a piece, wherever it is; next time it is found at
+    /// first sight, and another one is not.
+    pub(crate) fn get(&mut self, key: Key, piece: &[u8]) -> Found<'_> {
         let home = self.at(key.hash());
         for place in 0..PLACES {
-            for word in self.pairs[home ^ place].0 {
-                match word.number_of(key) {
+            for way in 0..2 {
+                let word = self.pairs[home ^ place].0[way];
+                let number = word.number_of(key);
+                if number.is_some() && place > 0 {
+                    self.turn = self.turn.wrapping_add(1);
+                    let other = &mut self.pairs[home].0[self.turn % 2];
+                    let other = std::mem::replace(other, word);
+                    self.pairs[home ^ place].0[way] = other;
+                }
+                match number {
                     Some(id) if id < PLACE => return Found::One(id),
                     Some(number) => return self.in_ring(number - PLACE, piece),
                     None if word.is_none() => return Found::Missing,
@@ -443,11 +452,6 @@ mod tests {
 
     /// Ids that tell which piece they belong to.
     fn ids_of(piece: &[u8]) -> Vec<u32> {
-        piece.iter().map(|&b| u32::from(b)).chain([piece.len() as u32]).collect()
-    }
-
-    /// Ids that tell which piece they belong to.
-    fn ids_of(piece: &[u8]) -> Vec<u32> {
         match piece {
             [a, b, b'0'] => vec![u32::from(*a) << 8 | u32::from(*b)],
             _ => piece.iter().map(|&b| b.into()).chain([piece.len() as u32]).collect(),
@@ -458,7 +462,7 @@ mod tests {
         cache.insert(Key::of(piece), piece, &ids_of(piece));
     }
 
-    fn get(cache: &Cache, piece: &[u8]) -> Option<Vec<u32>> {
+    fn get(cache: &mut Cache, piece: &[u8]) -> Option<Vec<u32>> {
         let key = Key::of(piece);
         let all = |found: Found| match found {
             Found::One(id) => Some(vec![id]),
@@ -480,9 +484,9 @@ mod tests {
             let text = format!("{i:x}");
             let piece = if i % 3 == 0 { text.repeat(3) } else { text };
             insert(&mut cache, piece.as_bytes());
-            assert_eq!(get(&cache, piece.as_bytes()), Some(ids_of(piece.as_bytes())));
+            assert_eq!(get(&mut cache, piece.as_bytes()), Some(ids_of(piece.as_bytes())));
             let earlier = format!("{:x}", i / 2);
-            if let Some(ids) = get(&cache, earlier.as_bytes()) {
+            if let Some(ids) = get(&mut cache, earlier.as_bytes()) {
                 assert_eq!(ids, ids_of(earlier.as_bytes()));
                 known += 1;
             }
@@ -500,8 +504,8 @@ mod tests {
         for piece in [&b"new"[..], b"newer", b"newest"] {
             insert(&mut cache, piece);
         }
-        assert_eq!(get(&cache, b"old"), None);
-        assert_eq!(get(&cache, b"newest"), Some(ids_of(b"newest")));
+        assert_eq!(get(&mut cache, b"old"), None);
+        assert_eq!(get(&mut cache, b"newest"), Some(ids_of(b"newest")));
         assert!(cache.head < 100);
     }
 }
