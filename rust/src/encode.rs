@@ -103,16 +103,13 @@ impl Batch {
 
     /// Takes the next pieces, the first of which begins at `start`.
     #[inline(always)]
-    fn cut(
-        &mut self,
-        start: usize,
-        bytes: &[u8],
-        next: &mut impl FnMut() -> Option<(usize, u64)>,
-    ) {
+    fn cut(&mut self, start: usize, bytes: &[u8], next: &mut impl FnMut() -> Option<(usize, u64)>) {
         self.bounds[0] = start;
         let mut num = 0;
         while num < BATCH {
-            let Some((base, mut bits)) = next() else { break };
+            let Some((base, mut bits)) = next() else {
+                break;
+            };
             let end = num + bits.count_ones() as usize;
             while num < end {
                 // Four at a time; what is too much is overwritten.
@@ -310,7 +307,11 @@ impl Bpe {
             });
             (ids, offsets)
         };
-        let portions = if threads <= 1 { Vec::new() } else { portions(texts) };
+        let portions = if threads <= 1 {
+            Vec::new()
+        } else {
+            portions(texts)
+        };
         let threads = threads.min(portions.len());
         if threads <= 1 {
             return encode_all(texts);
@@ -541,7 +542,9 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::InvalidMerges);
         }
         let doubling = (0..40).map(|i| if i == 0 { (97, 97) } else { (255 + i, 255 + i) });
-        let error = Bpe::new(doubling.collect(), Pattern::Qwen2).err().expect("refused");
+        let error = Bpe::new(doubling.collect(), Pattern::Qwen2)
+            .err()
+            .expect("refused");
         assert_eq!(error.kind(), ErrorKind::TooLarge);
     }
 
@@ -550,7 +553,10 @@ mod tests {
         let bpe = Bpe::new(vec![(97, 98)], Pattern::Qwen2).unwrap();
         assert_eq!(bpe.decode(&[256]).unwrap(), b"ab");
         let kind = |error: Error| error.kind();
-        assert_eq!(bpe.decode(&[257]).map_err(kind), Err(ErrorKind::UnknownToken));
+        assert_eq!(
+            bpe.decode(&[257]).map_err(kind),
+            Err(ErrorKind::UnknownToken)
+        );
         assert_eq!(bpe.token(257).map_err(kind), Err(ErrorKind::UnknownToken));
     }
 }

@@ -50,9 +50,9 @@ mod masks;
 mod merge;
 #[cfg(feature = "python")]
 mod py;
+mod py_bpe;
 #[cfg(feature = "python")]
 mod py_train;
-mod py_bpe;
 mod ranks;
 pub mod reference;
 mod scan;

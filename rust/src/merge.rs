@@ -94,7 +94,11 @@ impl Merges {
             while merges.pairs[slot] != EMPTY {
                 // The neighbour first, then the next two.
                 let other = slot ^ 1;
-                slot = if merges.pairs[other] == EMPTY { other } else { (slot + 2) & (slots - 1) };
+                slot = if merges.pairs[other] == EMPTY {
+                    other
+                } else {
+                    (slot + 2) & (slots - 1)
+                };
             }
             merges.pairs[slot] = key << ID_BITS | u64::from(id);
         }

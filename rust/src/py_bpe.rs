@@ -127,7 +127,9 @@ impl PyBpe {
     fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
         let make = |id: u32| id.into_pyobject(py).map(Bound::unbind);
         let ints = self.ints.get_or_try_init(py, || {
-            (0..self.bpe.num_tokens() as u32).map(make).collect::<Result<_, _>>()
+            (0..self.bpe.num_tokens() as u32)
+                .map(make)
+                .collect::<Result<_, _>>()
         })?;
         PyList::new(py, ids.iter().map(|&id| ints[id as usize].clone_ref(py)))
     }
@@ -137,7 +139,10 @@ impl PyBpe {
 fn array<'py, T: Copy + Number>(py: Python<'py>, numbers: &[T]) -> Bound<'py, PyByteArray> {
     // SAFETY: a slice of integers is that many initialised bytes without padding.
     let bytes = unsafe {
-        std::slice::from_raw_parts(numbers.as_ptr().cast::<u8>(), std::mem::size_of_val(numbers))
+        std::slice::from_raw_parts(
+            numbers.as_ptr().cast::<u8>(),
+            std::mem::size_of_val(numbers),
+        )
     };
     PyByteArray::new(py, bytes)
 }

@@ -49,7 +49,9 @@ impl Bpe {
                 return Err(wrong(format!("rank {rank} occurs twice")));
             }
             if *rank > expected {
-                return Err(wrong(format!("rank {expected} is missing; the next is {rank}")));
+                return Err(wrong(format!(
+                    "rank {expected} is missing; the next is {rank}"
+                )));
             }
             if bytes.is_empty() {
                 return Err(wrong(format!("the token of rank {rank} has no bytes")));
@@ -57,7 +59,9 @@ impl Bpe {
             tokens.push(&[bytes])?;
             if let Some(other) = ids.insert(bytes, *rank) {
                 let bytes = bytes.escape_ascii();
-                return Err(wrong(format!("ranks {other} and {rank} are both b\"{bytes}\"")));
+                return Err(wrong(format!(
+                    "ranks {other} and {rank} are both b\"{bytes}\""
+                )));
             }
         }
         let mut byte_ids = [0; 256];
@@ -107,11 +111,15 @@ mod tests {
 
     fn with_bytes(more: &[(&[u8], u32)]) -> Vec<(Vec<u8>, u32)> {
         let bytes = (0..=255u8).map(|b| (vec![b], b.into()));
-        bytes.chain(more.iter().map(|(b, r)| (b.to_vec(), *r))).collect()
+        bytes
+            .chain(more.iter().map(|(b, r)| (b.to_vec(), *r)))
+            .collect()
     }
 
     fn refusal(ranks: Vec<(Vec<u8>, u32)>) -> String {
-        let error = Bpe::from_ranks(ranks, Pattern::Qwen2).err().expect("refused");
+        let error = Bpe::from_ranks(ranks, Pattern::Qwen2)
+            .err()
+            .expect("refused");
         assert_eq!(error.kind(), ErrorKind::InvalidRanks);
         error.to_string()
     }

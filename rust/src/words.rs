@@ -454,7 +454,11 @@ mod tests {
     fn ids_of(piece: &[u8]) -> Vec<u32> {
         match piece {
             [a, b, b'0'] => vec![u32::from(*a) << 8 | u32::from(*b)],
-            _ => piece.iter().map(|&b| b.into()).chain([piece.len() as u32]).collect(),
+            _ => piece
+                .iter()
+                .map(|&b| b.into())
+                .chain([piece.len() as u32])
+                .collect(),
         }
     }
 
@@ -484,7 +488,10 @@ mod tests {
             let text = format!("{i:x}");
             let piece = if i % 3 == 0 { text.repeat(3) } else { text };
             insert(&mut cache, piece.as_bytes());
-            assert_eq!(get(&mut cache, piece.as_bytes()), Some(ids_of(piece.as_bytes())));
+            assert_eq!(
+                get(&mut cache, piece.as_bytes()),
+                Some(ids_of(piece.as_bytes()))
+            );
             let earlier = format!("{:x}", i / 2);
             if let Some(ids) = get(&mut cache, earlier.as_bytes()) {
                 assert_eq!(ids, ids_of(earlier.as_bytes()));

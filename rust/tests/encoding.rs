@@ -15,7 +15,12 @@ fn config() -> ProptestConfig {
 
 /// Long pieces of few letters, many of them periodic.
 fn long_text() -> impl Strategy<Value = String> {
-    let period = prop_oneof!["[ab]{1,6}", "[a-d]{1,20}", " {1,3}", "\u{301}|\u{1f600}|\u{4e2d}"];
+    let period = prop_oneof![
+        "[ab]{1,6}",
+        "[a-d]{1,20}",
+        " {1,3}",
+        "\u{301}|\u{1f600}|\u{4e2d}"
+    ];
     let run = (period, 1usize..200).prop_map(|(part, times)| part.repeat(times));
     let mess = "[ab]{0,400}|[a-c]{0,300}|[a-zA-Z]{0,200}|\\PC{0,40}";
     prop::collection::vec(prop_oneof![run, mess], 1..5).prop_map(|parts| parts.concat())
@@ -52,7 +57,10 @@ fn encode_by_ranks(text: &str, ranks: &HashMap<Vec<u8>, u32>, pattern: Pattern) 
         let mut parts: Vec<Vec<u8>> = piece.bytes().map(|b| vec![b]).collect();
         loop {
             let joined = parts.windows(2).map(|two| ranks.get(&two.concat()));
-            let best = joined.enumerate().filter_map(|(i, rank)| Some((*rank?, i))).min();
+            let best = joined
+                .enumerate()
+                .filter_map(|(i, rank)| Some((*rank?, i)))
+                .min();
             let Some((_, i)) = best else { break };
             let right = parts.remove(i + 1);
             parts[i].extend(right);
@@ -156,7 +164,11 @@ fn a_full_cache_changes_nothing() {
     let text = words.join(" ");
     let merges = train([&text[..200_000]], 500, Pattern::Qwen2, 1);
     let bpe = Bpe::new(merges.clone(), Pattern::Qwen2).unwrap();
-    let fresh = |text: &str| Bpe::new(merges.clone(), Pattern::Qwen2).unwrap().encode(text);
+    let fresh = |text: &str| {
+        Bpe::new(merges.clone(), Pattern::Qwen2)
+            .unwrap()
+            .encode(text)
+    };
     let expected = fresh(&text);
     let sample = reference::encode(&text[..20_000], &merges, Pattern::Qwen2);
     assert_eq!(fresh(&text[..20_000]), sample);
@@ -175,13 +187,32 @@ fn a_full_cache_changes_nothing() {
 /// twice the ids to compute, and none of these may hang.
 #[test]
 fn hostile_texts_come_back() {
-    let merges = train(["aaaa bbbb abab the of and \n\n\n    "], 100, Pattern::Qwen2, 1);
+    let merges = train(
+        ["aaaa bbbb abab the of and \n\n\n    "],
+        100,
+        Pattern::Qwen2,
+        1,
+    );
     let bpe = Bpe::new(merges.clone(), Pattern::Qwen2).unwrap();
-    for unit in ["a", " ", "\n", "7", "\u{1f600}", "\u{4e2d}", "e\u{301}", "\u{fffd}", "aB", "ab"] {
+    for unit in [
+        "a",
+        " ",
+        "\n",
+        "7",
+        "\u{1f600}",
+        "\u{4e2d}",
+        "e\u{301}",
+        "\u{fffd}",
+        "aB",
+        "ab",
+    ] {
         let text = unit.repeat(200_000 / unit.len());
         let ids = bpe.encode(&text);
         assert_eq!(bpe.decode(&ids).unwrap(), text.as_bytes());
         let start = &text[..unit.len() * (2000 / unit.len())];
-        assert_eq!(bpe.encode(start), reference::encode(start, &merges, Pattern::Qwen2));
+        assert_eq!(
+            bpe.encode(start),
+            reference::encode(start, &merges, Pattern::Qwen2)
+        );
     }
 }
