@@ -43,7 +43,7 @@ pub struct Bpe {
     tokens: Tokens,
     table: Merges,
     words: Words,
-    caches: Mutex<Vec<Box<State>>>, // borrowed by one call at a time, so never contended
+    caches: Mutex<Vec<State>>, // borrowed by one call at a time, so never contended
 }
 
 /// What one call needs for itself.
@@ -352,7 +352,7 @@ impl Bpe {
         let free = lock().pop();
         let mut state = free.unwrap_or_else(|| {
             let (cache, ids) = (Cache::new(), Vec::new());
-            Box::new(State { cache, ids })
+            State { cache, ids }
         });
         let result = run(&mut state);
         let mut caches = lock();

@@ -50,6 +50,7 @@ mod masks;
 mod merge;
 #[cfg(feature = "python")]
 mod py;
+#[cfg(feature = "python")]
 mod py_bpe;
 #[cfg(feature = "python")]
 mod py_train;

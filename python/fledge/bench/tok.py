@@ -457,7 +457,7 @@ def _load_fastokens(folder: Path, threads: int) -> Forms:
 
     other = fastokens.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return {
-        "list": lambda text: other.encode_ordinary(text),
+        "list": lambda text: list(other.encode_ordinary(text).ids),
         "decode": lambda ids: other.decode(ids),
     }
 
