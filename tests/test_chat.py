@@ -75,25 +75,12 @@ def test_an_answer_streams_and_is_remembered(tok: Tokenizer) -> None:
     assert "Hi" in second and "Héllo" in second and "And?" in second
 
 
-@given(st.text())
-def test_streaming_shows_whole_characters_only(text: str) -> None:
+@given(text=st.text())
+def test_streaming_shows_whole_characters_only(tok: Tokenizer, text: str) -> None:
     """Byte by byte, each write is valid text and together they are what was meant."""
-
-    class Bytes:
-        special_tokens = {  # noqa: RUF012
-            f"<|{name}_{end}|>": 300 + place
-            for place, (name, end) in enumerate(
-                (n, e) for n in ("python", "output") for e in ("start", "end")
-            )
-        }
-
-        @staticmethod
-        def token_bytes(token: int) -> bytes:
-            return bytes([token])
-
     screen = Screen()
-    stream = StreamText(Bytes(), screen)
-    for byte in text.encode():
+    stream = StreamText(tok, screen)
+    for byte in text.encode():  # the ids below 256 are the bytes
         stream.feed(byte)
     stream.finish()
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

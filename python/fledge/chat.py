@@ -7,7 +7,6 @@ holds the conversation, decides what still fits the context, and shows tokens as
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import sys
 import time
@@ -165,9 +164,8 @@ class StreamText:
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         special = tokenizer.special_tokens
-        self._bytes = tokenizer.token_bytes
         self._write = write
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = tokenizer.decoder(skip_special=True)
         self._marks = {
             special["<|python_start|>"]: "[python: ",
             special["<|python_end|>"]: "",
@@ -182,7 +180,7 @@ class StreamText:
         """Show what this token completes."""
         mark = self._marks.get(token)
         if mark is None:
-            self._show(self._decoder.decode(self._bytes(token)))
+            self._show(self._decoder.push(token))
             return
         self._flush()
         if token == self._call:
@@ -198,8 +196,7 @@ class StreamText:
             self._write("]")
 
     def _flush(self) -> None:
-        self._show(self._decoder.decode(b"", final=True))
-        self._decoder.reset()
+        self._show(self._decoder.finish())
 
     def _show(self, text: str) -> None:
         # a model may write escape codes; they must not reach the terminal
