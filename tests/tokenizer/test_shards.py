@@ -128,3 +128,17 @@ def test_a_state_names_whole_counts_only(texts: Path, tmp_path: Path) -> None:
     saved = json.loads((state / "state.json").read_text())
     assert (state / saved["counts"]).exists() and len(saved["done"]) == 4
     assert len(list(state.glob("counts-*"))) == 1
+
+
+def test_nothing_to_learn_from_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "0.txt").write_text("")
+    with pytest.raises(UserError, match="no text to learn from"):
+        train(shards_in(tmp_path / "texts"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stop_before_the_first_save_leaves_nothing(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(stop_after(shards_in(texts), 3), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

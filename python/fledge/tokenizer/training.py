@@ -9,6 +9,7 @@ the reference trains in one go, with nothing to resume. It never decides which f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -68,7 +69,6 @@ def train_from_shards(
     """
     counter_of = getattr(engine(), "Counter", None)
     sizes = {shard.name: shard.path.stat().st_size for shard in shards}
-    total = sum(sizes.values())
     if counter_of is None:
         texts = (text for shard in shards for text in shard.texts())
         tokenizer = Tokenizer.train(texts, vocab_size, pattern, threads=threads)
@@ -77,10 +77,39 @@ def train_from_shards(
     num_merges = check_vocabulary(vocab_size, pattern, SPECIAL_TOKENS)  # before hours of counting
     state = _State(folder / STATE_FOLDER, pattern)
     counter = counter_of(pattern, threads, spill_folder=state.spill_folder())
-    done = state.restore(counter, [shard.identity() for shard in shards])
-    if done:
-        note(f"going on: {len(done)} of {len(shards)} files are counted already")
-    finished = sum(sizes[name] for name in done)
+    try:
+        done = state.restore(counter, [shard.identity() for shard in shards])
+        if done:
+            note(f"going on: {len(done)} of {len(shards)} files are counted already")
+        _count(shards, done, counter, state, sizes=sizes, report=report, save_every=save_every)
+        if not counter.num_bytes:
+            raise UserError(
+                "there is no text to learn from",
+                f"{len(shards)} files were read and hold nothing",
+                "give files with text in them",
+            )
+        merges = counter.learn(num_merges, progress=report)
+    except BaseException:  # Ctrl-C too
+        state.clean_up()
+        raise
+    tokenizer = Tokenizer.from_merges(merges, pattern, vocab_size=vocab_size)
+    tokenizer.save(folder)
+    state.remove()
+    return tokenizer
+
+
+def _count(
+    shards: Sequence[Shard],
+    done: set[str],
+    counter: Any,
+    state: _State,
+    *,
+    sizes: dict[str, int],
+    report: Report,
+    save_every: float,
+) -> None:
+    """Counts every shard that is not done; saves now and then."""
+    total, finished = sum(sizes.values()), sum(sizes[name] for name in done)
     last_save = time.monotonic()
     for shard in shards:
         if shard.name in done:
@@ -98,11 +127,6 @@ def train_from_shards(
         if time.monotonic() - last_save >= save_every:
             state.save(counter)
             last_save = time.monotonic()
-    merges = counter.learn(num_merges, progress=report)
-    tokenizer = Tokenizer.from_merges(merges, pattern, vocab_size=vocab_size)
-    tokenizer.save(folder)
-    state.remove()
-    return tokenizer
 
 
 class _State:
@@ -170,6 +194,13 @@ class _State:
         for old in self.folder.glob("counts-*.bin"):
             if old.name != name:
                 old.unlink()
+
+    def clean_up(self) -> None:
+        """After a stop: only what the next training can use stays."""
+        shutil.rmtree(self.folder / "spill", ignore_errors=True)
+        for folder in (self.folder, self.folder.parent):
+            with contextlib.suppress(OSError):  # not empty: it holds counts, or the user's files
+                folder.rmdir()
 
     def remove(self) -> None:
         """The tokenizer is there; nothing is left to resume."""
