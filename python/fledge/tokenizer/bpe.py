@@ -209,19 +209,27 @@ class Tokenizer:
         and where each begins and the last ends, [texts + 1] uint64. The ids are uint16 where the
         vocabulary has at most 65,536 of them, else uint32.
         """
-        import numpy as np
-
-        wide = self.vocab_size > NARROW_IDS
-        kind = np.uint32 if wide else np.uint16
+        wide, dtype, from_buffer = self._arrays
         if isinstance(text, str):
-            ids = self._surrogate_free(self._bpe.encode_array, text, wide=wide)
-            return np.frombuffer(ids, dtype=kind)
+            try:
+                ids = self._bpe.encode_array(text, wide=wide)
+            except UnicodeEncodeError:
+                ids = self._bpe.encode_array(_without_surrogates(text), wide=wide)
+            return from_buffer(ids, dtype)
         try:
             ids, offsets = self._bpe.encode_batch_array(text, threads, wide=wide)
         except UnicodeEncodeError:
             clean = [_without_surrogates(t) for t in text]
             ids, offsets = self._bpe.encode_batch_array(clean, threads, wide=wide)
-        return np.frombuffer(ids, dtype=kind), np.frombuffer(offsets, dtype=np.uint64)
+        return from_buffer(ids, dtype), from_buffer(offsets, "uint64")
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[bool, np.dtype, Callable[..., np.ndarray]]:
+        """Whether ids need 32 bits, their dtype, and numpy's view of memory; numpy comes late."""
+        import numpy as np
+
+        wide = self.vocab_size > NARROW_IDS
+        return wide, np.dtype(np.uint32 if wide else np.uint16), np.frombuffer
 
     def count(self, text: str) -> int:
         """How many ids `text` has; special tokens in it are ordinary text."""
