@@ -165,3 +165,18 @@ def test_a_hostile_state_of_calls_does_not_raise(tools: Tools) -> None:
         "weather(" + "{" * 5000 + "})",
     ):
         assert isinstance(tools.run(code).text, str)
+
+
+def test_a_tool_that_leaves_or_answers_oddly_is_an_answer() -> None:
+    def leave() -> str:
+        raise SystemExit(3)
+
+    schema = {"type": "object", "properties": {}}
+    with Tools() as tools:
+        tools.register(Tool("leave", "leaves", schema, leave))
+        tools.register(Tool("odd", "a lone surrogate", schema, lambda: "\ud800"))
+        left = tools.run("leave({})")
+        assert not left.ok and left.error == "SystemExit: 3"
+        tools.run("odd({})").stdout.encode()
+        long = tools.run('odd({"' + "b" * 5000 + '": 1})')
+        assert not long.ok and len(long.error or "") <= tools.max_chars + 30

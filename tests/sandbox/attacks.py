@@ -28,7 +28,7 @@ def try_all(*expressions: str) -> str:
     return HEAD + "".join(
         f"try:\n    if ({expression}) != -1:\n        breach({expression[:60]!r})\n"
         "except (OSError, RuntimeError, MemoryError, ValueError, KeyError, AttributeError, "
-        "ImportError, NameError, TypeError, LookupError):\n    pass\n"
+        "ImportError, NameError, TypeError, LookupError, StopIteration):\n    pass\n"
         for expression in expressions
     )
 
@@ -237,7 +237,15 @@ for o in gc.get_objects():
     ),
 }
 
+_BOMB = "d = {i * (2**61 - 1): 0 for i in range(30000)}\n"  # every key has the same hash
+
 OURS: dict[str, str] = {
+    # a value that must not leave the interpreter as an object: building it takes the host seconds
+    "bomb behind taken names": "int = float = bool = dict\n" + _BOMB + "d",
+    "bomb behind type": "type = lambda x: 5\nint = 5\n" + _BOMB + "d",
+    "bomb behind a continuation": _BOMB + "d if 1 else \\",
+    "bomb behind our bracket": "0)\n" + _BOMB + "(d",
+    "shared memory": try_all("-1 if libc.mmap(None, 4096, 3, 0x21, -1, 0) == 2**64 - 1 else 1"),
     "io_uring": try_all(
         "syscall(425, 8, ctypes.create_string_buffer(256))", "syscall(426, 0, 1, 0, 0, 0)"
     ),

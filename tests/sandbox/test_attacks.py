@@ -101,7 +101,8 @@ def state_letters(pid: int | str) -> dict[str, str]:
 def test_attack(layer: Python, canaries: Canaries, name: str) -> None:
     before = time.monotonic()
     result = layer.run(canaries.head() + ATTACKS[name])
-    assert time.monotonic() - before < 30  # contained, also on a crowded machine
+    # contained, also on a crowded machine; a bomb that reached the host would take it 12 s
+    assert time.monotonic() - before < (8 if name.startswith("bomb") else 30)
     assert "BREACH" not in result.stdout + result.stderr, result
     assert canaries.secret not in result.stdout + result.stderr
     assert len(result.stdout) + len(result.stderr) <= 16 * 1024 + 1

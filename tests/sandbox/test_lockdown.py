@@ -71,7 +71,8 @@ def test_rules_look_at_their_argument(machine: str) -> None:
 
     def allowed(name: str, value: int) -> bool:
         rule = RULES[name]
-        arguments = tuple(value if i == rule.argument else 0xFFFF for i in range(6))
+        # 0xFFF2: flags of a private mapping for mmap, anything for the others
+        arguments = tuple(value if i == rule.argument else 0xFFF2 for i in range(6))
         number = rule.numbers[kind.column]
         return verdict(program, number, kind.audit_arch, arguments) == lockdown.RET_ALLOW
 
@@ -81,6 +82,10 @@ def test_rules_look_at_their_argument(machine: str) -> None:
     assert not any(allowed("futex", op | 128) for op in (3, 4, 5, 6, 7, 8, 11, 12, 13))
     assert allowed("clock_gettime", 1) and not allowed("clock_gettime", 0xFFFFFFFA)
     assert allowed("madvise", 4) and not allowed("madvise", 100)
+    mmap = RULES["mmap"].numbers[kind.column]
+    for flags in (0x20, 0x21, 0x23, 0x28):  # no type, shared, shared and validated, unknown
+        denied = verdict(program, mmap, kind.audit_arch, (0, 4096, 3, flags, 0, 0))
+        assert denied != lockdown.RET_ALLOW, hex(flags)
 
 
 @BOTH

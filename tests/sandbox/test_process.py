@@ -294,3 +294,19 @@ def test_start_up_is_shared_by_threads(cpython: CPython) -> None:
 
 def test_the_messages_are_json(cpython: CPython) -> None:
     assert json.loads(json.dumps(cpython.facts)).keys() == {"landlock", "uid"}
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os\nos.write(3, b'{\"run\":1}')\nos._exit(7)", "without a result"),
+        ("raise Exception(chr(0xd800))", "Exception: "),
+        ("import os\nos.write(3, b'{\"refused\":\"' + b'A' * 8000 + b'\"}')\nos._exit(0)", "AAA"),
+    ],
+)
+def test_what_a_program_says_of_itself_is_short_and_can_be_written(
+    cpython: CPython, code: str, message: str
+) -> None:
+    result = cpython.run(code)
+    assert not result.ok and message in (result.error or "")
+    assert len((result.error or "").encode()) < 700

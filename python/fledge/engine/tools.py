@@ -185,10 +185,11 @@ def _call(tool: Tool, text: str, *, max_chars: int) -> ToolResult:
     limit = min(max_chars, tool.max_chars)
 
     def done(*, ok: bool, stdout: str = "", error: str | None = None) -> ToolResult:
+        stdout = stdout.encode(errors="backslashreplace").decode()  # lone surrogates
         return ToolResult(
             ok=ok,
             stdout=shorten(stdout, limit),
-            error=error,
+            error=shorten(error, limit) if error else None,
             ms=(time.perf_counter() - started) * 1e3,
             truncated=len(stdout) > limit,
             max_chars=limit,
@@ -207,7 +208,7 @@ def _call(tool: Tool, text: str, *, max_chars: int) -> ToolResult:
         try:
             value = tool.function(**arguments)
             outcome["text"] = value if isinstance(value, str) else json.dumps(value)
-        except Exception as error:  # the tool's own failure is an answer for the model
+        except BaseException as error:  # the tool's own failure, or its exit, is an answer
             outcome["error"] = f"{type(error).__name__}: {error}"
 
     thread = threading.Thread(target=work, name=f"tool-{tool.name}", daemon=True)
@@ -216,7 +217,7 @@ def _call(tool: Tool, text: str, *, max_chars: int) -> ToolResult:
     if thread.is_alive():
         return done(ok=False, error=f"TimeoutError: {tool.name} took over {tool.timeout_seconds} s")
     if "error" in outcome:
-        return done(ok=False, error=shorten(outcome["error"], limit))
+        return done(ok=False, error=outcome["error"])
     return done(ok=True, stdout=outcome["text"])
 
 

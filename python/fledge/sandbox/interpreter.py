@@ -162,13 +162,15 @@ class Interpreter:
         for program in keeping_last_value(code):
             output.started = False
             try:
-                session.feed_run(program, print_callback=output.take)
+                session.feed_run(program + _END, print_callback=output.take)
             except self._monty.MontySyntaxError:
                 if output.started:  # its own, from eval
                     raise
                 continue
-            return session.feed_run(_TAKE_VALUE.format(most=self.limits.output_chars + 1))
-        session.feed_run(code + "\nNone", print_callback=output.take)
+            most = str(self.limits.output_chars + 2)
+            text = session.feed_run(_TAKE_VALUE.replace("MOST", most))
+            return (_number(text[1:]) if text[0] == "n" else text[1:]) if text else None
+        session.feed_run(code + _END, print_callback=output.take)
         return None
 
     def _checkout_options(self) -> dict[str, Any]:
@@ -260,11 +262,14 @@ class _Output:
 _VALUE = "_fledge_value"
 _MARK = "\0fledge: parsed"
 MAX_SPLITS = 12
+# Always text, and looked up under names that a program may have taken: an f-string is text whatever
+# `type` or `isinstance` have become. The first letter says what it is: text, number, repr.
 _TAKE_VALUE = (
-    f"[{_VALUE} if type({_VALUE}) in (int, float, bool, type(None)) else "
-    f"({_VALUE} if isinstance({_VALUE}, str) else repr({_VALUE}))[:{{most}}], "
+    f'[(f"t{{{_VALUE}}}" if isinstance({_VALUE}, str) else "" if {_VALUE} is None else '
+    f'f"n{{{_VALUE}!r}}" if type({_VALUE}) in (int, float, bool) else f"r{{{_VALUE}!r}}")[:MOST], '
     f"({_VALUE} := None)][0]"
 )
+_END = "\npass\nNone"  # `pass` goes on with no expression before it; None is then the value
 
 
 def keeping_last_value(code: str) -> Iterator[str]:
@@ -280,6 +285,18 @@ def keeping_last_value(code: str) -> Iterator[str]:
         # "if 1:" cannot stand inside brackets, where a bare assignment would be a keyword argument
         begin = "" if separator == ";" else "if 1: "
         yield f"print({_MARK!r})\n{code[:start]}{begin}{_VALUE} = ({code[start:]}\n)"
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a repr tells; the text itself if it tells none."""
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 # where a statement may begin: a line's first column, or after a semicolon

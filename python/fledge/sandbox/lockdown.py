@@ -9,7 +9,8 @@ refuses raises OSError: half a lockdown is none. What each wall is for:
 - no_new_privs and not dumpable: no set-user-id program, and no debugger of the same user;
 - Landlock: no file, no TCP (ABI 4), no signal and no abstract socket outside (ABI 6);
 - seccomp: a list of system calls that computing needs. Nothing on it takes a path, makes a
-  descriptor, a process or a thread, sends a signal, or maps memory that can be executed.
+  descriptor, a process or a thread, sends a signal, or maps memory that is shared or can be
+  executed.
 
 Sources: Linux Documentation/userspace-api/{landlock,seccomp_filter,no_new_privs}.rst and the
 headers named below. This module never runs anything itself and keeps no state.
@@ -41,6 +42,7 @@ NR, ARCH, ARGS = 0, 4, 16  # offsets in struct seccomp_data; the low word of an 
 X32_BIT = 0x40000000
 
 PROT_EXEC = 4
+MMAP, MAP_TYPE, MAP_PRIVATE = (9, 222), 0x0F, 2  # <asm-generic/mman-common.h>
 LAST_FD = 3  # of a locked process: null, standard output, standard error, its result
 
 
@@ -105,10 +107,10 @@ class Rule:
 # clocks of the machine and of the caller; a negative one would read another process's
 _CLOCKS = (0, 1, 2, 3, 4, 5, 6, 7, 11)
 RULES: dict[str, Rule] = {
-    "mmap": Rule((9, 222), 2, PROT_EXEC, (0,)),
+    "mmap": Rule(MMAP, 2, PROT_EXEC, (0,)),
     "mprotect": Rule((10, 226), 2, PROT_EXEC, (0,)),
-    # DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE: what allocators use
-    "madvise": Rule((28, 233), 2, 0xFFFFFFFF, (4, 8, 14, 15)),
+    # DONTNEED, FREE, NOHUGEPAGE: what allocators use; huge pages hold more than the limit counts
+    "madvise": Rule((28, 233), 2, 0xFFFFFFFF, (4, 8, 15)),
     # WAIT, WAKE and their BITSET forms, private or not, any clock; the others have had holes
     "futex": Rule((202, 98), 1, 0xFFFFFFFF & ~(128 | 256), (0, 1, 9, 10)),
     "clock_gettime": Rule((228, 113), 0, 0xFFFFFFFF, _CLOCKS),
@@ -136,6 +138,14 @@ def seccomp_filter(machine: str) -> bytes:
         if number is not None:
             program += [(JEQ, 0, 1, number), (RET, 0, 0, RET_ALLOW)]
     deny = (RET, 0, 0, RET_ERRNO | errno.EPERM)
+    program += [  # shared memory outlives its mapping: RLIMIT_AS would not bound it
+        (JEQ, 0, 5, MMAP[kind.column]),
+        (LD, 0, 0, ARGS + 8 * 3),
+        (AND, 0, 0, MAP_TYPE),
+        (JEQ, 1, 0, MAP_PRIVATE),
+        deny,
+        (LD, 0, 0, NR),
+    ]
     for rule in RULES.values():
         test = [(LD, 0, 0, ARGS + 8 * rule.argument), (AND, 0, 0, rule.mask)]
         for value in rule.values:

@@ -420,13 +420,19 @@ def _error(outcome: _Outcome, limits: Limits) -> str | None:
     except (ValueError, AttributeError, RecursionError):
         return f"the program left without a result (exit code {status})"
     if refused is not None:
-        return f"the sandbox could not run the code: {refused}"
-    if error is None and status == 0:
-        return None
-    text = shorten(str(error), 500)
+        return f"the sandbox could not run the code: {_told(refused)}"
+    if error is None:
+        left = f"the program left without a result (exit code {status})"
+        return left if status or "error" not in told else None
+    text = _told(error)
     if text.startswith("MemoryError"):
         return f"MemoryError: the memory limit of {limits.memory_bytes // MIB} MB was exceeded"
     return text
+
+
+def _told(words: Any) -> str:
+    """What the program says of itself: short, and text that can be written anywhere."""
+    return shorten(str(words), 500).encode(errors="backslashreplace").decode()
 
 
 def _signal_name(number: int) -> str:
