@@ -130,7 +130,7 @@ def _child(
         os.dup2(result, lockdown.LAST_FD)
         sys.stdin = io.TextIOWrapper(io.BytesIO())
         sys.stdout, sys.stderr = _text_stream(1), _text_stream(2)
-        random.seed(0)  # the same program gives the same answer
+        random.seed(0)  # the same random numbers in every run
         gc.enable()
         lockdown.lock(
             prepared,
