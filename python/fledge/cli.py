@@ -72,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     if words[:1] == ["--debug"]:
         del words[0]
+    # GNU OpenMP reads this when torch is loaded. Its threads wait for each other by spinning, by
+    # default for milliseconds, and then take from each other the cores that another program left
+    # them: with two such programs one step took 0.73 s and at times 5.6; with this 0.68, always.
+    # Alone on the machine there is no difference (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = _dispatch(words)
         sys.stdout.flush()
