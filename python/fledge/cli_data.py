@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from fledge.cli import Parser, positive, run_sub_verb
@@ -15,7 +16,13 @@ from fledge.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 def data(words: list[str]) -> int:
     """`fledge data ...`."""
-    choices = {"list": _list, "make": _make, "check": _check, "stats": _stats}
+    choices = {
+        "list": _list,
+        "download": _download,
+        "make": _make,
+        "check": _check,
+        "stats": _stats,
+    }
     return run_sub_verb("data", words, choices)
 
 
@@ -34,6 +41,7 @@ def _list(words: list[str]) -> int:
         print(f"  {name:<10} {what}")
     print("your own facts: `fledge data make world --csv FACTS.csv --out DIR`")
     print("your own text: --data.source PATH (.txt .md .jsonl .parquet, also .gz .zst)")
+    print("corpora of the hub: --data.source fineweb-edu, climbmix, or hub:OWNER/NAME")
     print(f"task files (data.root or FLEDGE_DATA): {root or 'FLEDGE_DATA is not set'}")
     for name, is_there in held.items():
         print(f"  {name:<10} {'found' if is_there else 'not found'}")
@@ -45,6 +53,19 @@ _WORLDS = {
     "almanac": "real facts: countries, elements, planets, animals, calendar, units, inventions",
     "village": "invented people and places, new for every seed; for measuring",
 }
+
+
+def _download(words: list[str]) -> int:
+    parser = Parser("data download", "fetch the first shards of a corpus of the Hugging Face hub")
+    parser.add_argument("source", help="fineweb-edu, climbmix, or hub:OWNER/NAME[/FOLDER][@REV]")
+    parser.add_argument("--shards", type=positive, default=4, help="training shards (default 4)")
+    args = parser.parse_args(words)
+    from fledge.data.sources import download
+
+    for path in download(args.source, args.shards):
+        print(path, flush=True)
+    print(f"to train on it: fledge run laptop --data.source {args.source}", file=sys.stderr)
+    return EXIT_DONE
 
 
 def _make(words: list[str]) -> int:

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fledge.data.loader import Loader
+from fledge.data.loader import Batches
 from fledge.errors import Interrupted, UserError
 from fledge.model import Transformer
 from fledge.optim.groups import Optimizers
@@ -83,7 +83,7 @@ class Job:
             raise Interrupted(f"step {step} of {self.schedule.steps}")
 
 
-def train(job: Job, loader: Loader, *, rows_per_step: int, device_batch_size: int) -> None:
+def train(job: Job, loader: Batches, *, rows_per_step: int, device_batch_size: int) -> None:
     """Trains on the rows of a loader.
 
     Raises Interrupted after saving when a stop was requested, and what `Hooks.diverged` says when
