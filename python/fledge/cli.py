@@ -468,6 +468,13 @@ def verb_tok(words: list[str]) -> int:
     return tok(words)
 
 
+def verb_sweep(words: list[str]) -> int:
+    """`fledge sweep`: a grid of runs and their scaling law."""
+    from fledge.cli_sweep import sweep
+
+    return sweep(words)
+
+
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -500,7 +507,8 @@ VERBS: dict[str, Verb] = {
     ),
     "data": Verb(
         verb_data,
-        "list | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE | stats PATH",
+        "list | download SOURCE | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE | "
+        "stats PATH",
         "worlds and your own text",
     ),
     "tok": Verb(verb_tok, "train|eval|encode|decode|bench ...", "the tokenizer by itself"),
@@ -511,6 +519,11 @@ VERBS: dict[str, Verb] = {
     ),
     "chat": Verb(verb_chat, "MODEL [-p PROMPT]", "talk to a model"),
     "report": Verb(verb_report, "RUN [RUN2]", "render the report again; two runs side by side"),
+    "sweep": Verb(
+        verb_sweep,
+        "RECIPE --grid SECTION.KEY=A,B,... [--grid ...] [--seeds N] [--out DIR]",
+        "a grid of runs up to the end of base, and the scaling law they tell",
+    ),
     "bench": Verb(
         verb_bench, "sandbox|tok [--json]", "measure this machine, each figure with a peer"
     ),

@@ -119,6 +119,8 @@ class BaseSection:
     """Tokens to train on; wins over tokens_per_param."""
     tokens_per_param: float | None = None
     """Tokens per matrix parameter (blocks + head) when `tokens` is absent."""
+    law: str | None = execution(None)
+    """law.json of a `fledge sweep`: tokens_per_param then is the best of that scaling law."""
     global_batch_tokens: int | None = None
     """Tokens per optimizer step, over all devices."""
     device_batch_size: int | None = execution(None)
