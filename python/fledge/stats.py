@@ -55,17 +55,49 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    before: Sequence[bool], after: Sequence[bool], *, resamples: int = 1000, seed: int = 0
+    before: Sequence[float], after: Sequence[float], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(difference of the shares, low, high) of the same examples answered twice.
+    """(difference of the means, low, high) of the same examples scored twice, after - before.
 
-    Raises ValueError if the two do not pair up.
+    A paired bootstrap: examples are drawn, each with both its scores, so what is hard for both
+    models cancels. Raises ValueError if the two do not pair up.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} answers cannot be paired with {len(after)}")
     changes = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
     low, high = bootstrap_interval(changes, resamples=resamples, seed=seed)
     return fmean(changes), low, high
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error: sample deviation / sqrt(n)); the error is nan for one value.
+
+    Raises ValueError without values.
+    """
+    if not values:
+        raise ValueError("no values")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    squares = math.fsum((v - mean) ** 2 for v in values)
+    return mean, math.sqrt(squares / (len(values) - 1) / len(values))
+
+
+def share_stderr(correct: int, n: int) -> float:
+    """Standard error of a share, by the sample deviation (as lm-eval reports it); nan for n < 2."""
+    if n < 2:
+        return math.nan
+    share = correct / n
+    return math.sqrt(share * (1 - share) / (n - 1))
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The unbiased estimate of passing at least once in k tries, from `correct` of n tries.
+
+    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374). "Any of n" is biased upwards.
+    """
+    if not 1 <= k <= n or not 0 <= correct <= n:
+        raise ValueError(f"pass@{k} cannot be told from {correct} of {n} tries")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def entropy_bits(items: Iterable[Hashable]) -> float:

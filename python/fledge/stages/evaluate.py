@@ -16,7 +16,7 @@ from fledge import files
 from fledge.engine import Engine
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
-from fledge.evals.scoring import TaskResult, pick_items, score_task
+from fledge.evals.examine import TaskResult, pick_items, score_task
 from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.registry import find_tasks
 from fledge.report import gather
