@@ -17,7 +17,7 @@ from fledge import files, report_blocks, report_pages, report_plots
 from fledge.config import STAGES, TRAINED_STAGES
 from fledge.fingerprint import changed_keys
 from fledge.progress import format_count, format_seconds
-from fledge.report_blocks import DAMAGED, cell, score_table
+from fledge.report_blocks import DAMAGED, cell, core_tasks_table, score_table
 from fledge.report_pages import Block, Heading, Listing, Paragraph, Plot, Table
 from fledge.run import Run
 from fledge.runlog import read_metrics
@@ -221,7 +221,57 @@ def scores_text(result: Mapping[str, Any]) -> str:
     table = score_table(result["stages"])
     model = result["model"]
     head = f"depth {model['depth']}, {format_count(model['parameters'])} parameters\n\n"
-    return head + (report_pages.to_markdown([table]) if table is not None else "no task\n")
+    blocks: list[Block] = [table] if table is not None else [Paragraph("no task")]
+    core = core_tasks_table(result["stages"])
+    if core is not None:
+        blocks += [Heading("CORE by task", 3), core]
+    told = [
+        f"{task}: {score['note']}"
+        for stage in result["stages"].values()
+        for task, score in stage["scores"].items()
+        if score.get("note")
+    ]
+    told += result.get("notes", [])
+    if told:
+        blocks.append(Paragraph("\n".join(f"- {line}" for line in told)))
+    return head + report_pages.to_markdown(blocks)
+
+
+def comparison_text(table: Mapping[str, Any]) -> str:
+    """What `fledge eval A --compare B` prints for people."""
+    rows = []
+    for name, row in table["tasks"].items():
+        percent = not name.startswith(("core_", "chatcore"))
+        rows.append(
+            [
+                name,
+                _number(row["before"], percent=percent),
+                _number(row["after"], percent=percent),
+                difference_text(row, percent=percent),
+                f"{row['n']:,}",
+            ]
+        )
+    blocks: list[Block] = [
+        Paragraph(f"A: {table['a']}. B: {table['b']}."),
+        Table(["task", "A", "B", "B - A (95 %, paired)", "n"], rows),
+        Paragraph(
+            "Paired bootstrap over the examples that both answered; a star marks a difference whose "
+            "interval leaves out 0. It is the noise of the questions alone: another training run of "
+            "the same recipe moves CORE by about 0.006 (nanochat PR 807)."
+        ),
+    ]
+    return report_pages.to_markdown(blocks)
+
+
+def _number(value: float, *, percent: bool) -> str:
+    return f"{100 * value:.1f} %" if percent else f"{value:.4f}"
+
+
+def difference_text(row: Mapping[str, Any], *, percent: bool) -> str:
+    """ "+3.1 (+1.0 to +5.2) *": a difference with its interval, starred if 0 is outside."""
+    parts = [row["difference"], row["low"], row["high"]]
+    value, low, high = [f"{100 * x:+.1f}" if percent else f"{x:+.4f}" for x in parts]
+    return f"{value} ({low} to {high})" + (" *" if row["significant"] else "")
 
 
 def compare(run: Run, other: Run) -> str:

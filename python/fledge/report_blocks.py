@@ -155,6 +155,8 @@ def score_table(stages: Mapping[str, Any]) -> Table | None:
         return None
     rows = []
     for task in tasks:
+        if task.startswith("core/"):  # they have a table of their own
+            continue
         scores = {name: stages[name]["scores"].get(task) for name in columns}
         known = [s["chance"] for s in scores.values() if s and s.get("chance") is not None]
         rows.append(
@@ -167,6 +169,32 @@ def score_table(stages: Mapping[str, Any]) -> Table | None:
     return Table(["task", *columns, "chance"], rows)
 
 
+def core_tasks_table(stages: Mapping[str, Any]) -> Table | None:
+    """CORE task by task, of every stage that took any: accuracy, standard error, both centrings."""
+    rows = []
+    for stage, table in stages.items():
+        for name, score in table.get("scores", {}).items():
+            if not name.startswith("core/"):
+                continue
+            error = score.get("stderr")
+            rows.append(
+                [
+                    *([stage] if len(stages) > 1 else []),
+                    name.removeprefix("core/"),
+                    cell(score),
+                    f"{100 * error:.1f}" if error is not None else "-",
+                    f"{score['centred_v1']:+.3f}",
+                    f"{score['centred_v2']:+.3f}",
+                    str(score["shots"]),
+                    str(score["truncated"]),
+                ]
+            )
+    if not rows:
+        return None
+    header = ["task", "accuracy", "stderr (%)", "centred v1", "centred v2", "shots", "cut"]
+    return Table([*(["stage"] if len(stages) > 1 else []), *header], rows)
+
+
 def cell(score: Mapping[str, Any] | None) -> str:
     """A score in a table: the interval and the number of questions where there are any."""
     if not score:
@@ -174,7 +202,9 @@ def cell(score: Mapping[str, Any] | None) -> str:
     if score.get("low") is None or not score.get("n"):
         text = f"{score['value']:.3f}"
         return text + (f" (bound {score['bound']:.3f})" if "bound" in score else "")
-    return f"{format_interval(score['value'], score['low'], score['high'])}, n={score['n']}"
+    percent = score.get("unit", "accuracy") == "accuracy"
+    text = format_interval(score["value"], score["low"], score["high"], percent=percent)
+    return f"{text}, n={score['n']}"
 
 
 def _stage_blocks(run: Run, facts: dict[str, Any]) -> list[Block]:

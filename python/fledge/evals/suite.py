@@ -55,10 +55,9 @@ def take(
     holds all shares joins them.
     """
     key = store.key(task_key(task, options)) if store is not None else ""
-    if store is not None:
-        kept = store.read(task.name, key)
-        if kept is not None:
-            return _read_back(task.name, *kept)
+    before = kept(task, options, store) if store is not None else None
+    if before is not None:
+        return before
     partial = store.partial_file(task.name) if store is not None and share is None else None
     common: dict[str, Any] = {
         "max_examples": options.max_examples,
@@ -82,6 +81,12 @@ def take(
     if store is not None and share is None:
         store.write(task.name, key, result.summary(), result.records)
     return result
+
+
+def kept(task: Task | CoreExam, options: Options, store: Store) -> TaskResult | None:
+    """The result of an exam that the store holds, or None."""
+    found = store.read(task.name, store.key(task_key(task, options)))
+    return None if found is None else _read_back(task.name, *found)
 
 
 def task_key(task: Task | CoreExam, options: Options) -> list[Any]:
