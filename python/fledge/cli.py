@@ -479,7 +479,8 @@ VERBS: dict[str, Verb] = {
     ),
     "data": Verb(
         verb_data,
-        "list | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE | stats PATH",
+        "list | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE\n"
+        "      | overlap RUN|TEXT... | stats PATH",
         "worlds and your own text",
     ),
     "tok": Verb(verb_tok, "train|eval|encode|decode|bench ...", "the tokenizer by itself"),

@@ -91,7 +91,9 @@ def _parser() -> Parser:
         help="how CORE's prompts are made (default nanochat: comparable with its tables)",
     )  # fmt: skip
     parser.add_argument("--compare", type=Path, metavar="MODEL", help="differences to this model")
-    parser.add_argument("--samples", type=positive, default=1, help="replies a question, for pass@k")
+    parser.add_argument(
+        "--samples", type=positive, default=1, help="replies a question, for pass@k"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="of the replies; 0 = greedy")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled replies")
     parser.add_argument(

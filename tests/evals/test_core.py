@@ -67,7 +67,9 @@ def test_a_published_result_without_the_data_folder() -> None:
         "bigbench_language_identification": 0.2475,
     }  # fmt: skip
     got = aggregate(accuracy)
-    by_hand = [(accuracy[t.name] - t.baseline_v1 / 100) / (1 - t.baseline_v1 / 100) for t in CORE_TASKS]
+    by_hand = [
+        (accuracy[t.name] - t.baseline_v1 / 100) / (1 - t.baseline_v1 / 100) for t in CORE_TASKS
+    ]
     assert got["core_v1"] == pytest.approx(sum(by_hand) / 22, abs=1e-15)
     assert got["core_v1"] - got["core_v2"] == pytest.approx(
         (got["centred_v1"]["commonsense_qa"] - got["centred_v2"]["commonsense_qa"]
@@ -104,7 +106,10 @@ def test_the_table_is_dclms(data_root: Path) -> None:
     assert [t.name for t in CORE_TASKS] == [row["label"] for row in listed]
     for task, row in zip(CORE_TASKS, listed, strict=True):
         assert (task.file + ".jsonl", task.kind) == (row["dataset_uri"], row["icl_task_type"])
-        assert (task.shots, task.delimiter) == (row["num_fewshot"][0], row["continuation_delimiter"])
+        assert (task.shots, task.delimiter) == (
+            row["num_fewshot"][0],
+            row["continuation_delimiter"],
+        )
     for version in ("v1", "v2"):
         name = "eval_meta_data.csv" if version == "v2" else "eval_meta_data_v1.csv"
         with open(folder / name, newline="") as file:
@@ -299,7 +304,11 @@ def sample_rows(kind: str, n: int) -> list[dict[str, Any]]:
         ]
     if kind == "schema":
         return [
-            {"context_options": [some(3), some(4)], "continuation": some(2), "gold": draw.randrange(2)}
+            {
+                "context_options": [some(3), some(4)],
+                "continuation": some(2),
+                "gold": draw.randrange(2),
+            }
             for _ in range(n)
         ]
     return [{"context": some(6), "continuation": some(1)} for _ in range(n)]

@@ -7,8 +7,6 @@ local files, since it has no network here. FLEDGE_PARITY_MODEL names a further m
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,8 @@ import pytest
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip: fledge[harness])")
 
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tests.helpers_lm_eval import local_tasks  # noqa: E402
 from tests.helpers_model import tiny_model, tiny_tokenizer  # noqa: E402
 
 from fledge.evals.harness import FledgeLM  # noqa: E402
@@ -30,64 +29,6 @@ pytestmark = [
     pytest.mark.slow,
 ]
 EXAMPLES = 200
-METRICS = [
-    {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-    {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
-]
-
-
-def choice_task(name: str, text: str, choices: str | list[str], gold: str, **more: Any) -> dict[str, Any]:
-    return {
-        "task": name,
-        "output_type": "multiple_choice",
-        "doc_to_text": text,
-        "doc_to_choice": choices,
-        "doc_to_target": gold,
-        "metric_list": METRICS,
-        **more,
-    }
-
-
-def local_tasks(root: Path, folder: Path) -> list[dict[str, Any]]:
-    """Eight tasks in lm-eval's formats over the first EXAMPLES rows of local files."""
-    core = "core/eval_data"
-    asked = "Question: {{question}}\nAnswer:"
-    letters = ["A", "B", "C", "D"]
-    mmlu = "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
-    files = {
-        "arc_easy": "arc/arc_easy_test",
-        "arc_challenge_5shot": "arc/arc_challenge_test",
-        "hellaswag": f"{core}/language_understanding/hellaswag",
-        "piqa": f"{core}/commonsense_reasoning/piqa",
-        "openbookqa": f"{core}/commonsense_reasoning/openbook_qa",
-        "boolq": f"{core}/reading_comprehension/boolq",
-        "mmlu_5shot": "mmlu/test",
-        "lambada": f"{core}/language_understanding/lambada_openai",
-    }
-    tasks = [
-        choice_task("arc_easy", asked, "{{choices}}", "gold"),
-        choice_task("arc_challenge_5shot", asked, "{{choices}}", "gold", num_fewshot=5),
-        choice_task("hellaswag", "{{query}}", "{{choices}}", "gold"),
-        choice_task("piqa", "{{query}}\nAnswer:", "{{choices}}", "gold"),
-        choice_task("openbookqa", "{{query}}", "{{choices}}", "gold"),
-        choice_task("boolq", "{{query}}\nAnswer:", "{{choices}}", "gold"),
-        choice_task("mmlu_5shot", mmlu, letters, "answer", num_fewshot=5),
-        {
-            "task": "lambada",
-            "output_type": "loglikelihood",
-            "doc_to_text": "{{context}}",
-            "doc_to_target": "{{' ' + continuation}}",
-            "metric_list": [METRICS[0], {"metric": "perplexity", "aggregation": "perplexity"}],
-        },
-    ]
-    for task in tasks:
-        path = folder / f"{task['task']}.jsonl"
-        with gzip.open(root / f"{files[task['task']]}.jsonl.gz", "rt", encoding="utf-8") as lines:
-            path.write_text("".join(line for line, _ in zip(lines, range(EXAMPLES), strict=False)))
-        task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
-        task |= {"test_split": "test", "fewshot_split": "test"}
-        task |= {"fewshot_config": {"sampler": "first_n"}} if task.get("num_fewshot") else {}
-    return tasks
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +37,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> list[dic
         pytest.skip("needs core/eval_data")
     folder = tmp_path_factory.mktemp("lm_eval")
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-    return local_tasks(data_root, folder)
+    return local_tasks(data_root, folder, EXAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +125,12 @@ def test_empty_contexts_and_trailing_blanks(folder: Path) -> None:
     theirs = HFLM(pretrained=str(folder), dtype="float32", batch_size=1, device="cpu")
     ours = FledgeLM(folder)
     seen_theirs, seen_ours = record_tokens(theirs), record_tokens(ours)
-    asked = [("", "The answer"), ("3 plus 4 is ", "7."), ("a  ", " b"), ("The answer is 5" * 99, ".")]
+    asked = [
+        ("", "The answer"),
+        ("3 plus 4 is ", "7."),
+        ("a  ", " b"),
+        ("The answer is 5" * 99, "."),
+    ]
     for lm in (theirs, ours):
         lm.loglikelihood([SimpleNamespace(args=pair) for pair in asked], disable_tqdm=True)
     assert seen_theirs == seen_ours

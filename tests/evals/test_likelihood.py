@@ -47,9 +47,7 @@ PLAIN = loglikelihood_one_by_one(ENGINE, REQUESTS)
 def furthest(a: list[Likelihood], b: list[Likelihood]) -> float:
     """The largest difference of two log-probabilities of the same token."""
     pairs = zip(a, b, strict=True)
-    return max(
-        abs(x - y) for p, q in pairs for x, y in zip(p.logprobs, q.logprobs, strict=True)
-    )
+    return max(abs(x - y) for p, q in pairs for x, y in zip(p.logprobs, q.logprobs, strict=True))
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
@@ -79,9 +77,7 @@ def test_order_and_company_do_not_matter() -> None:
     assert furthest(alone, PLAIN[:20]) <= 1e-5
 
 
-@given(
-    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=25)
-)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=25))
 def test_a_folded_row_holds_every_sequence_and_sees_only_its_own_past(
     sequences: list[list[int]],
 ) -> None:
@@ -159,7 +155,7 @@ def counting_engine(step: int = 1) -> Any:
 
 
 def counting_questions(n: int, *, shuffled: bool = False) -> list[dict[str, Any]]:
-    """The choice that goes on counting is right; the others jump. With `shuffled` gold is chance."""
+    """The choice that goes on counting is right, others jump. With `shuffled` gold is chance."""
     draw = random.Random(11)
     rows = []
     for _ in range(n):
@@ -209,7 +205,11 @@ def test_looking_one_token_too_far_back_is_noticed(monkeypatch: pytest.MonkeyPat
 
 def real_rows(n: int) -> list[dict[str, Any]]:
     draw = random.Random(2)
-    some = lambda k: " ".join(draw.choice("plus answer The is 7 12".split()) for _ in range(k))  # noqa: E731
+    words = ("plus", "answer", "The", "is", "7", "12")
+
+    def some(k: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(k))
+
     return [{"query": some(5), "choices": [some(2) for _ in range(4)], "gold": 0} for _ in range(n)]
 
 

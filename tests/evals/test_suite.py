@@ -17,17 +17,17 @@ from tests.helpers_model import tiny_model, tiny_tokenizer
 from fledge import cli
 from fledge.data.task_files import TaskData
 from fledge.engine import Engine
+from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.evals import bpb, scoring, suite
-from fledge.evals.compare import compare, resampled_means
+from fledge.evals.compare import compare
 from fledge.evals.core import CORE_TASKS
 from fledge.evals.examine import Sampling, score_task, task_result
 from fledge.evals.records import Store
 from fledge.evals.suite import Options, chatcore, take
 from fledge.evals.tasks.registry import find_tasks
 from fledge.evals.tasks.user import user_task
-from fledge.engine.tools import Tools
-from fledge.stats import pass_at_k
+from fledge.stats import pass_at_k, resampled_differences
 
 TOKENIZER = tiny_tokenizer()
 
@@ -52,7 +52,11 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(kind: str, n: int = 12) -> list[dict[str, Any]]:
     draw = random.Random(1)
-    some = lambda k: " ".join(draw.choice("plus answer The is 7 12".split()) for _ in range(k))  # noqa: E731
+    words = ("plus", "answer", "The", "is", "7", "12")
+
+    def some(k: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(k))
+
     if kind == "multiple_choice":
         return [{"query": some(4), "choices": [some(2), some(3)], "gold": i % 2} for i in range(n)]
     if kind == "schema":
@@ -188,7 +192,7 @@ def test_pairing_sees_what_two_intervals_hide() -> None:
 
 def test_the_multinomial_bootstrap_is_the_bootstrap() -> None:
     values = np.array([1.0] * 30 + [0.0] * 60 + [-1.0] * 10)
-    fast = resampled_means(values, 20_000, np.random.default_rng(0))
+    fast = resampled_differences([0.0] * 100, values.tolist(), resamples=20_000)
     draw = np.random.default_rng(1)
     slow = draw.choice(values, (20_000, 100)).mean(axis=1)
     assert fast.mean() == pytest.approx(slow.mean(), abs=0.003)
@@ -252,7 +256,9 @@ def test_letters_leave_a_histogram(model: Path) -> None:
 # -- several replies -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (10, 0, 4), (10, 10, 1), (4, 1, 4)])
+@pytest.mark.parametrize(
+    ("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (10, 0, 4), (10, 10, 1), (4, 1, 4)]
+)
 def test_pass_at_k_counts_the_draws(n: int, c: int, k: int) -> None:
     from itertools import combinations
 
@@ -278,7 +284,11 @@ def test_several_replies_give_pass_at_k(model: Path) -> None:
     with Tools() as tools:
         result = score_task(engine, Coin(), tools, sampling=Sampling(5, 1.0, 3))
     passed = [record["passed"] for record in result.records]
-    assert all(len(p) == 5 for p in passed) and result.details["pass_at_k"].keys() == {"1", "2", "5"}
+    assert all(len(p) == 5 for p in passed) and result.details["pass_at_k"].keys() == {
+        "1",
+        "2",
+        "5",
+    }
     assert result.value == pytest.approx(result.details["pass_at_k"]["1"])
     assert result.details["pass_at_k"]["5"] == sum(map(any, passed)) / 20
     assert result.low < result.value < result.high
@@ -301,7 +311,9 @@ def own(tmp_path: Path, *rows: Any) -> Path:
 def test_a_file_of_ones_own_is_a_task(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = own(tmp_path, {"question": "2 plus 3?", "answer": 5}, {"question": "Who?", "answer": "I"})
+    path = own(
+        tmp_path, {"question": "2 plus 3?", "answer": 5}, {"question": "Who?", "answer": "I"}
+    )
     code, out, _ = call(capsys, "eval", model, "--tasks", path, "--no-store", "--json")
     assert code == 0
     assert json.loads(out)["stages"]["model"]["scores"]["mine"]["n"] == 2

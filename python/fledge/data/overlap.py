@@ -107,7 +107,13 @@ class Probe:
 
     def _summary(self, found: Mapping[int, str]) -> dict[str, dict[str, Any]]:
         result: dict[str, dict[str, Any]] = {
-            task: {"items": short, "too_short": short, "overlapped": 0, "share": 0.0, "examples": []}
+            task: {
+                "items": short,
+                "too_short": short,
+                "overlapped": 0,
+                "share": 0.0,
+                "examples": [],
+            }
             for task, short in self.too_short.items()
         }
         for index, (task, item, _) in enumerate(self.items):

@@ -7,7 +7,9 @@ Called by `fledge eval A --compare B`. Pure arithmetic on records.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from fledge.evals.core import CORE_TASKS, VERSIONS
 from fledge.evals.records import Record
 from fledge.evals.suite import CHATCORE
 from fledge.evals.tasks.core import CORE
+from fledge.stats import difference_row, resampled_differences
 
 RESAMPLES = 10_000
 
@@ -34,7 +37,6 @@ def compare(
     are there when both models took all of their tasks. `significant`: the 95 % interval of the
     paired bootstrap leaves out 0. Unmatched examples are counted in "unmatched".
     """
-    random = np.random.default_rng(seed)
     rows: dict[str, dict[str, Any]] = {}
     draws: dict[str, np.ndarray] = {}
     for name in before:
@@ -45,34 +47,13 @@ def compare(
         shared = [key for key in a if key in b]
         if not shared:
             continue
-        pairs = np.array([(a[key], b[key]) for key in shared])
-        draws[name] = resampled_means(pairs[:, 1] - pairs[:, 0], resamples, random)
-        rows[name] = _row(pairs[:, 0].mean(), pairs[:, 1].mean(), draws[name], len(shared))
+        left, right = [a[key] for key in shared], [b[key] for key in shared]
+        # each task draws by itself: a common seed would tie the tasks of a composite together
+        own = zlib.crc32(name.encode()) + seed
+        draws[name] = resampled_differences(left, right, resamples=resamples, seed=own)
+        rows[name] = difference_row(fmean(left), fmean(right), draws[name], len(shared))
         rows[name]["unmatched"] = len(a) + len(b) - 2 * len(shared)
     return rows | _composites(rows, draws, chances)
-
-
-def resampled_means(
-    differences: np.ndarray, resamples: int, random: np.random.Generator
-) -> np.ndarray:
-    """Means of `resamples` draws with replacement, exactly: few distinct values, so their counts
-    are multinomial and no example has to be drawn one by one."""
-    values, counts = np.unique(differences, return_counts=True)
-    n = len(differences)
-    return random.multinomial(n, counts / n, size=resamples) @ values / n
-
-
-def _row(before: float, after: float, draws: np.ndarray, n: int) -> dict[str, Any]:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {
-        "before": float(before),
-        "after": float(after),
-        "difference": float(after - before),
-        "low": float(low),
-        "high": float(high),
-        "n": n,
-        "significant": bool(low > 0 or high < 0),
-    }
 
 
 def _composites(
@@ -106,4 +87,4 @@ def _composite(
     before = sum(base[n] + s * rows[n]["before"] for n, s in slope.items()) / k
     after = sum(base[n] + s * rows[n]["after"] for n, s in slope.items()) / k
     joined = np.sum([s * draws[n] for n, s in slope.items()], axis=0) / k
-    return _row(before, after, joined, sum(rows[n]["n"] for n in slope))
+    return difference_row(before, after, joined, sum(rows[n]["n"] for n in slope))

@@ -59,9 +59,7 @@ def examine_core_task(
     def score(indices: list[int]) -> list[Record]:
         requests = [Request([*s.ids], s.start) for i in indices for s in asked[i].spans]
         found = iter(
-            loglikelihood(
-                engine, requests, deterministic=deterministic, batch_size=batch_size
-            )
+            loglikelihood(engine, requests, deterministic=deterministic, batch_size=batch_size)
         )
         return [
             _record(task, asked[i], rows[asked[i].place], [next(found) for _ in asked[i].spans])

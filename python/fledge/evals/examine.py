@@ -115,9 +115,7 @@ def score_task(
     return task_result(task, ordered, limit, seconds=time.perf_counter() - began)
 
 
-def task_result(
-    task: Task, records: list[Record], limit: int, *, seconds: float
-) -> TaskResult:
+def task_result(task: Task, records: list[Record], limit: int, *, seconds: float) -> TaskResult:
     """The score of records, with what is to be known beside it."""
     n = len(records)
     scores = [float(record["score"]) for record in records]
@@ -155,12 +153,10 @@ def task_result(
 
 
 def _pass_at_k(tries: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """pass@k for k = 1, 2, 5, 10, ... up to the number of tries, each the mean over the examples."""
+    """pass@k for k = 1, 2, 5, 10, ... up to the number of tries: means over the examples."""
     n = min(len(passed) for passed in tries)
     wanted = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= n]
-    return {
-        str(k): sum(pass_at_k(len(p), sum(p), k) for p in tries) / len(tries) for k in wanted
-    }
+    return {str(k): sum(pass_at_k(len(p), sum(p), k) for p in tries) / len(tries) for k in wanted}
 
 
 def _record(task: Task, item: Item, prompt: list[int], found: Record | None) -> Record:

@@ -126,7 +126,7 @@ class FledgeLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         found = self._score([(context, continuation) for _, context, continuation in requests])
         answers = [(likelihood.total, likelihood.is_greedy) for likelihood in found]
-        for (strings, _, _), answer in zip(requests, answers, strict=True):
+        for (strings, *_ids), answer in zip(requests, answers, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
@@ -140,9 +140,7 @@ class FledgeLM(TemplateLM):
             self.engine, asked, batch_size=self._rows, deterministic=self._deterministic
         )
 
-    def loglikelihood_rolling(
-        self, requests: list[Any], disable_tqdm: bool = False
-    ) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Summed log-probabilities of whole texts, every token once (lm-eval's windows)."""
         windows, owners = [], []
         for index, request in enumerate(requests):

@@ -22,7 +22,7 @@ DEFAULT_CONTEXT = 2048
 
 
 class HfModel(nn.Module):
-    """The states and the head of a causal model, seen as `fledge.model.Transformer` shows its own."""
+    """The states and the head of a causal model, as `fledge.model.Transformer` shows its own."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class HfTokenizer:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a model folder was not written by fledge: it has no tokenizer with our chat format."""
+    """Whether a model folder was not written by fledge: no tokenizer with our chat format."""
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except OSError:
@@ -104,7 +104,7 @@ def open_hf(folder: Path) -> Any:
         raise UserError(
             f"{folder} is not a model that can be read",
             f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            "give a checkpoint folder of fledge or a causal model of transformers with its tokenizer",
+            "give a checkpoint folder of fledge, or a causal model with its tokenizer",
         ) from None
     model = HfModel(inner)
     probe = torch.tensor([[1, 2, 3, 4]])

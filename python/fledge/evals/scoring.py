@@ -117,9 +117,7 @@ def generate(
     seed: int = 0,
 ) -> list[list[Completion]]:
     """`samples` replies to every prompt, greedy unless a temperature is given."""
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, seed=seed, n=samples
-    )
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, n=samples)
     return engine.generate(prompts, params, tools)
 
 

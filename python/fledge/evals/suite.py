@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fledge.engine import Engine
@@ -24,9 +24,9 @@ from fledge.evals.tasks.core import CORE, CoreExam
 from fledge.stats import Z95
 
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
-"""nanochat's five (its baselines: a quarter for the letters, 0 for the rest). Its releases differ in
-their lists, so the list stands beside the number; old and new values do not compare."""
-_FIXED_CHANCE = dict.fromkeys(CHATCORE[:3], 0.25)
+"""nanochat's five (its baselines: a quarter for the letters, 0 for the rest). Its releases differ
+in their lists, so the list stands beside the number; old and new values do not compare."""
+_FIXED_CHANCE: dict[str, float] = dict.fromkeys(CHATCORE[:3], 0.25)
 _RESULT_KEYS = ("value", "low", "high", "n", "chance", "seconds", "note", "stderr")
 
 
@@ -37,7 +37,7 @@ class Options:
     max_examples: int | None = None
     profile: Profile = "nanochat"
     deterministic: bool = False
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 def take(

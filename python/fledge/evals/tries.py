@@ -59,7 +59,7 @@ class Trie:
         return seen
 
 
-def fold(sequences: Sequence[Sequence[int]]) -> list[Trie]:
+def fold(sequences: Sequence[list[int]]) -> list[Trie]:
     """All sequences (none empty) in tries, in lexicographic order of their tokens.
 
     Sorted so, the longest beginning that a sequence shares with any earlier one it shares with its

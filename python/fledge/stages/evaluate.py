@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from fledge import files
+from fledge.data.overlap import read_texts
 from fledge.engine import Engine
 from fledge.errors import UserError
-from fledge.data.overlap import read_texts
 from fledge.evals import bpb, hf, suite
 from fledge.evals.examine import TaskResult, pick_items
 from fledge.evals.records import Store, model_hash
 from fledge.evals.suite import Options
 from fledge.evals.tasks.base import Task
-from fledge.evals.tasks.core import CORE, CoreExam
+from fledge.evals.tasks.core import CORE
 from fledge.evals.tasks.registry import find_tasks
 from fledge.evals.tasks.worlds import EXAMS
 from fledge.report import gather
@@ -149,7 +149,9 @@ def evaluate_model(
     folder, in_run, stage = find_checkpoint(Path(path))
     found, notes = _tasks_for(in_run, tasks, data_root)
     if hf.is_foreign(folder):
-        notes += [f"{t.name} is left out: {path} has no chat format" for t in found if t.kind != CORE]
+        notes += [
+            f"{t.name} is left out: {path} has no chat format" for t in found if t.kind != CORE
+        ]
         found = [task for task in found if task.kind == CORE]
     if not found:
         raise UserError(
@@ -263,8 +265,8 @@ def bits_per_byte(path: str | Path, text: Path) -> dict[str, Any]:
         "chance": None,
         "unit": "bits per byte",
         "tokens": losses.tokens,
-        "note": f"{losses.bytes:,} bytes of whole documents behind <|bos|>; windows of {limit} tokens"
-        f" slide by {limit - limit // 2}",
+        "note": f"{losses.bytes:,} bytes of whole documents behind <|bos|>; windows of {limit} "
+        f"tokens slide by {limit - limit // 2}",
     }
     table = {
         "seconds": round(time.monotonic() - began, 3),

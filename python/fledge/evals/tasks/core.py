@@ -38,7 +38,9 @@ class CoreExam:
         raise AssertionError("CORE tasks are scored by likelihood")
 
 
-def find_core(data: TaskData, names: Sequence[str] | None = None) -> tuple[list[CoreExam], list[str]]:
+def find_core(
+    data: TaskData, names: Sequence[str] | None = None
+) -> tuple[list[CoreExam], list[str]]:
     """(exams, sentences on what is missing) of the named CORE tasks (bare names); None = all 22."""
     found, notes = [], []
     for task in CORE_TASKS:

@@ -79,7 +79,11 @@ def _check_answer(row: Mapping[str, Any]) -> str | None:
         last = row["messages"][-1] if isinstance(row["messages"], list) and row["messages"] else {}
         is_asked = isinstance(last, Mapping) and last.get("role") == "user"
         return None if is_asked else "'messages' does not end with a message of the user"
-    return None if isinstance(row.get("question"), str) else "it has neither 'question' (text) nor 'messages'"
+    return (
+        None
+        if isinstance(row.get("question"), str)
+        else "it has neither 'question' (text) nor 'messages'"
+    )
 
 
 class Said:
