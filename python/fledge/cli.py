@@ -351,25 +351,9 @@ def verb_doctor(words: list[str]) -> int:
 
 def verb_eval(words: list[str]) -> int:
     """`fledge eval`: give a model its exams."""
-    parser = Parser("eval", VERBS["eval"].summary)
-    parser.add_argument("model", type=Path, help="a run directory or a checkpoint folder")
-    parser.add_argument("--tasks", help="names with commas between; default: all the data offers")
-    parser.add_argument("--max-examples", type=positive, help="at most this many of each task")
-    parser.add_argument("--data-root", help="folder with task files (default: FLEDGE_DATA)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    args = parser.parse_args(words)
-    _require_folder(args.model)
-    from fledge.stages.evaluate import evaluate_model
+    from fledge.cli_eval import evaluate
 
-    tasks = tuple(t.strip() for t in args.tasks.split(",") if t.strip()) if args.tasks else None
-    result = evaluate_model(args.model, tasks, args.max_examples, args.data_root)
-    if args.json:
-        _print_json(result)
-        return EXIT_DONE
-    from fledge.report import scores_text
-
-    print(scores_text(result), end="")
-    return EXIT_DONE
+    return evaluate(words)
 
 
 def verb_chat(words: list[str]) -> int:
@@ -507,14 +491,14 @@ VERBS: dict[str, Verb] = {
     ),
     "data": Verb(
         verb_data,
-        "list | download SOURCE | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE | "
-        "stats PATH",
+        "list | download SOURCE | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE\n"
+        "      | overlap RUN|TEXT... | stats PATH",
         "worlds and your own text",
     ),
     "tok": Verb(verb_tok, "train|eval|encode|decode|bench ...", "the tokenizer by itself"),
     "eval": Verb(
         verb_eval,
-        "MODEL [--tasks A,B] [--max-examples N] [--json]",
+        "MODEL [--tasks core,mmlu,...] [--max-examples N] [--compare OTHER] [--json]",
         "exams of a run's last stage or of a checkpoint folder, with intervals",
     ),
     "chat": Verb(verb_chat, "MODEL [-p PROMPT]", "talk to a model"),

@@ -21,6 +21,7 @@ def data(words: list[str]) -> int:
         "download": _download,
         "make": _make,
         "check": _check,
+        "overlap": _overlap,
         "stats": _stats,
     }
     return run_sub_verb("data", words, choices)
@@ -113,6 +114,30 @@ def _stats(words: list[str]) -> int:
     from fledge.data.sources import describe
 
     print(json.dumps(describe(args.path), indent=2, ensure_ascii=False, default=str))
+    return EXIT_DONE
+
+
+def _overlap(words: list[str]) -> int:
+    parser = Parser(
+        "data overlap",
+        "which exam questions stand word for word in training text; of a run: in the text it was\n"
+        "trained on, and the result goes into its report",
+    )
+    parser.add_argument("text", type=Path, nargs="+", help="a run, or files or folders of text")
+    parser.add_argument("--tasks", help="names with commas between (default: all, CORE too)")
+    parser.add_argument("--words", type=positive, default=13, help="length of a run that counts")
+    parser.add_argument("--data-root", help="folder with task files (default: FLEDGE_DATA)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    args = parser.parse_args(words)
+    from fledge.stages import overlap
+
+    table = overlap.measure(
+        args.text,
+        tuple(args.tasks.split(",")) if args.tasks else None,
+        data_root=args.data_root,
+        words=args.words,
+    )
+    print(json.dumps(table, indent=2, ensure_ascii=False) if args.json else overlap.text(table))
     return EXIT_DONE
 
 
