@@ -152,6 +152,7 @@ class Scheduler:
         events += self._collect_tools()
         self._reap()
         events += self._admit()
+        self._reap()
         decoding = [r for r in self.rows if r.tool is None and len(r.unread) == 1 and r.ids]
         events += self._prefill()
         events += self._decode(decoding)
