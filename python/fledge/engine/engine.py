@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fledge.engine.packed import PackedRunner, can_pack
 from fledge.engine.requests import Completion, Request, SamplingParams, TokenEvent
 from fledge.engine.runner import Runner
 from fledge.engine.scheduler import Scheduler, ToolRunner, ToolTokens, pad_right
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.model import Transformer
+from fledge.model.kv_cache import KVCache
 from fledge.tokenizer import Tokenizer
 
 DEFAULT_SLOTS = 128
@@ -34,8 +36,9 @@ class Engine:
     """Batched generation and scoring over one model and one tokenizer.
 
     `deterministic`: results do not depend on what else runs (one bucket of rows, one chunk size,
-    tool results in the order of their calls, no reuse of earlier prompts). `poison` is for tests:
-    what is not a row's own is NaN.
+    tool results in the order of their calls, no reuse of earlier prompts). `weights`: float32,
+    bfloat16 or int8 (`engine.linears`). For tests: `packed=False` runs the module itself, `poison`
+    makes NaN of what is not a row's own.
     """
 
     def __init__(
@@ -47,11 +50,21 @@ class Engine:
         deterministic: bool = False,
         chunk_tokens: int = CHUNK_TOKENS,
         prefix_reuse: bool = True,
+        weights: str = "float32",
+        packed: bool = True,
         poison: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.deterministic = deterministic
+        self.weights = weights
+        self.packed = packed
+        if weights != "float32" and not (packed and can_pack(model)):
+            raise UserError(
+                f"{weights} weights are not possible here",
+                "they need a qwen3 model on a CPU",
+                "leave the weights as they are",
+            )
         self.context = model.config.max_position_embeddings
         special = tokenizer.special_tokens
         self.stop_ids = frozenset({special["<|assistant_end|>"], special["<|bos|>"]})
@@ -174,7 +187,7 @@ class Engine:
             slots = self._slots_that_fit()
             cache = self.model.new_cache(slots, self.context)
             self._live = Scheduler(
-                Runner(self.model, cache, deterministic=self.deterministic),
+                self._runner(cache),
                 slots=slots,
                 context=self.context,
                 stop_ids=self.stop_ids,
@@ -183,6 +196,14 @@ class Engine:
                 **self._options,
             )
         return self._live
+
+    def _runner(self, cache: KVCache) -> Runner:
+        """The fastest way to run this model here; the module itself where there is no other."""
+        if can_pack(self.model) and self.packed:
+            return PackedRunner(
+                self.model, cache, deterministic=self.deterministic, weights=self.weights
+            )
+        return Runner(self.model, cache, deterministic=self.deterministic)
 
     def _slots_that_fit(self) -> int:
         """The wanted number of slots, or fewer where memory is short."""

@@ -19,6 +19,9 @@ from fledge.config import ModelConfig
 from fledge.model.partial_attention import attend_partial, merge_partials
 
 
+FINITE_STRETCH = 128  # tokens
+
+
 class KVCache:
     """`slots` sequences of up to `max_len` tokens each."""
 
@@ -37,6 +40,7 @@ class KVCache:
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
         self.max_len = max_len
+        self._finite = [(0, 0)] * slots  # of each slot: from where to where all is known finite
 
     @property
     def slots(self) -> int:
@@ -53,6 +57,24 @@ class KVCache:
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[slot, :, start:] = float("nan")
+        self._finite[slot] = (0, 0)
+
+    def make_finite(self, slot: int, base: int, written: int, end: int) -> None:
+        """Lets a masked call read places base..end-1 of a slot whose row has `written` tokens.
+
+        0 x NaN is NaN: what a mask hides must still be a number. So the places behind the row's
+        own tokens are set to 0 once, a stretch at a time, before anybody reads over them.
+        """
+        low, high = self._finite[slot]
+        if low > base or not low <= written <= high:
+            low, high = base, written
+        if end > high:
+            upto = min(self.max_len, end + FINITE_STRETCH)
+            for tensors in (self.keys, self.values):
+                for tensor in tensors:
+                    tensor[slot, :, high:upto] = 0
+            high = upto
+        self._finite[slot] = (low, high)
 
 
 @dataclass(frozen=True)
