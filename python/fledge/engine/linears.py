@@ -1,8 +1,10 @@
 """Matrix products of packed weights: float32, bfloat16 and int8.
 
-`pack` gives a function of x [N, in] that returns x W^T [N, out], in float32, added to `add_to` if
-that is given. Used by `engine.packed`. Which form is fastest for how many rows was measured:
-benchmarks/infer_cpu.md. The weights of the float32 form stay those of the caller where they can.
+`pack` gives a `Linear`, which knows x W^T and the three things that a block does right behind it:
+adding the residual, SiLU, multiplying by the gate. Used by `engine.packed`. float32 goes through
+oneDNN where torch has it: torch's own float32 product goes through MKL, which leaves AMD's AVX-512
+unused (docs/log.md has the figures), and oneDNN takes the step behind the product in as well.
+Which form is how fast is measured in benchmarks/infer_cpu.md.
 """
 
 from __future__ import annotations
@@ -19,57 +21,126 @@ FORMATS = ("float32", "bfloat16", "int8")
 
 
 class Linear(Protocol):
-    """x [N, in] -> x W^T (+ add_to) [N, out]."""
+    """Products with W [out, in] of x [N, in], in and out float32."""
 
-    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """x W^T + other."""
+        ...
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(x W^T)."""
+        ...
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """(x W^T) * other."""
+        ...
 
 
 def pack(weight: Tensor, weights: str) -> Linear:
     """The product with `weight` [out, in], stored in one of FORMATS."""
     weight = weight.detach()
     if weights == "float32":
-        return Float32Linear(weight)
+        return OneDnnLinear(weight) if _has_onednn() else PlainLinear(weight)
     if weights == "bfloat16":
         return BFloat16Linear(weight)
     if weights == "int8":
-        return Int8Linear(weight)
+        return Int8Linear(weight) if _has_onednn() else PlainLinear(weight)
     raise UserError(
         f"there are no {weights!r} weights", f"known: {', '.join(FORMATS)}", "choose one of them"
     )
 
 
-class Float32Linear:
-    """The plain product."""
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class PlainLinear:
+    """The readable twin of the others."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._turned = weight.t()
 
-    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        if add_to is None:
-            return F.linear(x, self._weight)
-        return torch.addmm(add_to, x, self._turned)
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight)
 
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).add_(other)
 
-class BFloat16Linear:
-    """Half the bytes; the sum is in float32, the result is rounded to bfloat16."""
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(self(x), inplace=True)
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight.bfloat16()
-
-    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        y = F.linear(x.bfloat16(), self._weight).float()
-        return y if add_to is None else y.add_(add_to)
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).mul_(other)
 
 
-class Int8Linear:
-    """A quarter of the bytes: symmetric int8 weights with one scale per output."""
+class OneDnnLinear:
+    """oneDNN's product with the next step fused in."""
 
     def __init__(self, weight: Tensor) -> None:
+        narrow = weight.shape[0] <= weight.shape[1]
+        # the order of the weights that the kernel reads faster (measured: docs/log.md)
+        self._weight = weight.t().contiguous().t() if narrow else weight.contiguous()
+        self._run = torch.ops.mkldnn._linear_pointwise.default
+        self._run_with = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x, self._weight, None, "none", [], "")
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._run_with(x, other, self._weight, None, "add")
+
+    def silu(self, x: Tensor) -> Tensor:
+        return self._run(x, self._weight, None, "swish", [], "")
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._run_with(x, other, self._weight, None, "mul")
+
+
+class BFloat16Linear(PlainLinear):
+    """Half the bytes; sums are in float32, the product is rounded to bfloat16."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.bfloat16())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self._weight).float()
+
+
+class Int8Linear(PlainLinear):
+    """A quarter of the bytes: symmetric int8 weights, one scale per output; inputs in 8 bits too.
+
+    Every row of x is divided by its own largest magnitude before it is rounded, so that a row's
+    result does not depend on the others. The kernel wants unsigned inputs: 128 stands for 0.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
         weight = weight.float()
         self._scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12)
-        self._weight = (weight / self._scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        rounded = (weight / self._scale[:, None]).round().clamp_(-127, 127).to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self._zero = torch.zeros(len(weight), dtype=torch.int32)
+        self._run = torch.ops.onednn.qlinear_pointwise.default
 
-    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        y = torch.ops.aten._weight_int8pack_mm(x, self._weight, self._scale)
-        return y if add_to is None else y.add_(add_to)
+    def __call__(self, x: Tensor) -> Tensor:
+        largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
+        largest = largest.clamp_min_(1e-12)
+        rounded = (x * (127.0 / largest)).add_(128.5).to(torch.uint8)
+        product = self._run(
+            rounded,
+            1 / 127,
+            128,
+            self._weight,
+            self._scale,
+            self._zero,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return product.mul_(largest)

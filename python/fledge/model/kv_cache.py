@@ -18,7 +18,6 @@ from torch import Tensor
 from fledge.config import ModelConfig
 from fledge.model.partial_attention import attend_partial, merge_partials
 
-
 FINITE_STRETCH = 128  # tokens
 
 
