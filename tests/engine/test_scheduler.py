@@ -24,9 +24,14 @@ STOPS = {SPECIAL["<|assistant_end|>"], SPECIAL["<|bos|>"]}
 
 
 @torch.inference_mode()
-def naive(prompt: list[int], params: SamplingParams, tools: Tools | None) -> list[int]:
-    """The readable twin: the whole sequence through the model for every token."""
-    ids, sampled = list(prompt), 0
+def naive_and_certain(
+    prompt: list[int], params: SamplingParams, tools: Tools | None
+) -> tuple[list[int], int]:
+    """The readable twin: the whole sequence through the model for every token.
+
+    Also how many tokens come before the first whose lead over the second best is within 1e-4.
+    """
+    ids, sampled, close = list(prompt), 0, 10**9
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else STOPS)
     state = tools.new_state() if tools else None
     while True:
@@ -34,18 +39,23 @@ def naive(prompt: list[int], params: SamplingParams, tools: Tools | None) -> lis
         for token, bias in params.logit_bias.items():
             logits[token] += bias
         best = logits.topk(2).values
-        assert best[0] - best[1] > 1e-4, "an unlucky model: the choice is within rounding"
+        if best[0] - best[1] <= 1e-4:
+            close = min(close, len(ids) - len(prompt))
         ids.append(int(logits.argmax()))
         sampled += 1
         if ids[-1] in stops or sampled == params.max_tokens or len(ids) >= 160:
-            return ids[len(prompt) :]
+            return ids[len(prompt) :], close
         if tools and ids[-1] == END and START in ids[len(prompt) : -1]:
             begin = len(ids) - 1 - ids[::-1].index(START)
             text = tools.run(TOKENIZER.decode(ids[begin + 1 : -1]), state).text
             output = [SPECIAL["<|output_start|>"], *TOKENIZER.encode(text)]
             ids += [*output, SPECIAL["<|output_end|>"]][: 160 - len(ids)]
             if len(ids) >= 160:
-                return ids[len(prompt) :]
+                return ids[len(prompt) :], close
+
+
+def naive(prompt: list[int], params: SamplingParams, tools: Tools | None) -> list[int]:
+    return naive_and_certain(prompt, params, tools)[0]
 
 
 @dataclass
@@ -128,13 +138,18 @@ def test_any_interleaving_gives_the_naive_answers(seed, slots, chunk, determinis
         for client in clients:
             params = client.request.params
             assert sorted(client.reasons) == [*range(params.n)]
-            expected = naive(client.request.prompt, params, client.request.tools)
+            expected, certain = naive_and_certain(
+                client.request.prompt, params, client.request.tools
+            )
+            if deterministic:
+                certain = len(expected)
             for choice, reason in client.reasons.items():
                 got = client.answers.get(choice, [])
                 if reason == "cancelled":
-                    assert got == expected[: len(got)]
+                    assert got[:certain] == expected[: len(got)][:certain]
                 else:
-                    assert got == expected
+                    assert got[:certain] == expected[:certain]
+                    assert certain < len(expected) or len(got) == len(expected)
     pool = subject._live.pool  # type: ignore[union-attr]
     assert pool.free == slots and all(s.readers == 0 for s in pool.slots)
     subject.close()

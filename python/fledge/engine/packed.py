@@ -1,9 +1,9 @@
 """The model as a CPU runs it fastest: fused, pre-packed weights and no module calls.
 
 A token of a small model costs more in calls than in arithmetic, so `PackedRunner` makes as few
-calls as it can: q, k and v come from one product; residual, SiLU and gate are part of the products
-before them; the gain of a norm is multiplied into the matrix behind it; the two halves of a rotary
-pair are stored side by side so that a rotation is one complex product. Weights are float32, bfloat16 or int8 (`engine.linears`).
+calls as it can: q, k and v come from one product; residual, SiLU and gate are part of products;
+the gain of a norm is multiplied into the matrix behind it; the two halves of a rotary pair are
+stored side by side so that a rotation is one complex product. Weights are float32, bfloat16 or int8 (`engine.linears`).
 The readable twin is `engine.runner.Runner`; tests hold the two equal. Used by `engine.engine` for
 qwen3 on CPUs. Never changes the model; after an optimizer step it packs again.
 """
