@@ -12,7 +12,7 @@ from torch import Tensor
 from fledge.model import Transformer
 from fledge.model.kv_cache import CacheView, KVCache, Piece
 
-DECODE_BUCKET = 16  # rows in one decode pass of a deterministic engine
+DECODE_BUCKET = 32  # rows in one decode pass of a deterministic engine
 
 
 class Runner:
