@@ -1,4 +1,4 @@
-"""The engine on a CPU beside transformers with the same weights: decode, prefill, int8, bits per byte.
+"""The engine on a CPU beside transformers with the same weights: decode, prefill, int8, bpb.
 
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/infer_cpu.py --shape d4
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/infer_cpu.py --shape d12 --batches 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fledge.engine.requests import SamplingParams
-from fledge.engine.sampling import adjust, sample, uniform
+from fledge.engine.sampling import adjust, best, sample, uniform
 from fledge.errors import UserError
 
 DRAWS = 40000
@@ -142,3 +142,10 @@ def test_only_allowed_tokens_come():
 def test_impossible_parameters_are_refused_in_words(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingParams(**bad)
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(384, 1), (64 * 512, 50), (64 * 40, 9), (100, 7)])
+def test_the_best_by_blocks_are_the_best(vocab, count):
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(1))
+    for got, expected in zip(best(logits, count), logits.topk(count), strict=True):
+        assert torch.equal(got, expected)

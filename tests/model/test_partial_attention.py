@@ -1,5 +1,7 @@
 """Attention in parts equals attention over the whole; a cache view equals a full pass."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def test_parts_merged_are_the_whole(tokens, cuts, scale, window):
     offset = length - tokens
     borders = [0, *cuts, length]
     parts = []
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         if window is not None and offset - window + 1 >= end:
             continue  # no query sees anything of it
         part = k[:, :, start:end], v[:, :, start:end]

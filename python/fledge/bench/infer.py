@@ -9,6 +9,7 @@ and values, over the measured copy bandwidth. Also the code behind benchmarks/in
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -173,7 +174,7 @@ class Peer:
             pad_token_id=0,
             logits_processor=[stamp],
         )
-        differences = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+        differences = [b - a for a, b in itertools.pairwise(stamps)]
         return Timed(stamps[0] - began, differences[1:])
 
 

@@ -1,7 +1,7 @@
 """Matrix products of packed weights: float32, bfloat16 and int8.
 
-`pack` gives a `Linear`, which knows x W^T and the three things that a block does right behind it:
-adding the residual, SiLU, multiplying by the gate. Used by `engine.packed`. float32 goes through
+`pack` gives a `Linear`, which knows x W^T and the residual that a block adds behind it;
+`pack_gated` the two products and the gate of SwiGLU. Used by `engine.packed`. float32 goes through
 oneDNN where torch has it: torch's own float32 product goes through MKL, which leaves AMD's AVX-512
 unused (docs/log.md has the figures), and oneDNN takes the step behind the product in as well.
 Which form is how fast is measured in benchmarks/infer_cpu.md.
@@ -9,6 +9,7 @@ Which form is how fast is measured in benchmarks/infer_cpu.md.
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import torch
@@ -29,30 +30,37 @@ class Linear(Protocol):
         """x W^T + other."""
         ...
 
-    def silu(self, x: Tensor) -> Tensor:
-        """silu(x W^T)."""
-        ...
 
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """(x W^T) * other."""
-        ...
+class Gated(Protocol):
+    """silu(x G^T) * (x U^T), the first half of SwiGLU."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def pack(weight: Tensor, weights: str) -> Linear:
     """The product with `weight` [out, in], stored in one of FORMATS."""
     weight = weight.detach()
     if weights == "float32":
-        return OneDnnLinear(weight) if _has_onednn() else PlainLinear(weight)
+        return OneDnnLinear(weight) if has_onednn() else PlainLinear(weight)
     if weights == "bfloat16":
         return BFloat16Linear(weight)
-    if weights == "int8":
-        return Int8Linear(weight) if _has_onednn() else PlainLinear(weight)
+    if weights == "int8" and has_onednn():
+        return Int8Linear(weight)
     raise UserError(
-        f"there are no {weights!r} weights", f"known: {', '.join(FORMATS)}", "choose one of them"
+        f"there are no {weights!r} weights here",
+        f"known: {', '.join(FORMATS)}; int8 needs a torch with oneDNN",
+        "choose another format",
     )
 
 
-def _has_onednn() -> bool:
+def pack_gated(gate: Tensor, up: Tensor, weights: str) -> Gated:
+    """The gated product of two matrices [out, in]."""
+    if weights == "float32" and has_onednn():
+        return OneDnnGated(gate.detach(), up.detach())
+    return PlainGated(pack(torch.cat((gate, up)), weights))
+
+
+def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -68,11 +76,16 @@ class PlainLinear:
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         return self(x).add_(other)
 
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(self(x), inplace=True)
 
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        return self(x).mul_(other)
+class PlainGated:
+    """One product for both halves."""
+
+    def __init__(self, both: Linear) -> None:
+        self._both = both
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self._both(x).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
 class OneDnnLinear:
@@ -91,11 +104,18 @@ class OneDnnLinear:
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         return self._run_with(x, other, self._weight, None, "add")
 
-    def silu(self, x: Tensor) -> Tensor:
-        return self._run(x, self._weight, None, "swish", [], "")
 
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        return self._run_with(x, other, self._weight, None, "mul")
+class OneDnnGated:
+    """Two products, SiLU fused into the first and the multiplication into the second."""
+
+    def __init__(self, gate: Tensor, up: Tensor) -> None:
+        self._gate, self._up = gate.contiguous(), up.contiguous()
+        self._run = torch.ops.mkldnn._linear_pointwise.default
+        self._run_with = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate = self._run(x, self._gate, None, "swish", [], "")
+        return self._run_with(x, gate, self._up, None, "mul")
 
 
 class BFloat16Linear(PlainLinear):
@@ -111,8 +131,9 @@ class BFloat16Linear(PlainLinear):
 class Int8Linear(PlainLinear):
     """A quarter of the bytes: symmetric int8 weights, one scale per output; inputs in 8 bits too.
 
-    Every row of x is divided by its own largest magnitude before it is rounded, so that a row's
-    result does not depend on the others. The kernel wants unsigned inputs: 128 stands for 0.
+    Several rows: each is divided by its own largest magnitude before it is rounded, so that a
+    row's result does not depend on the others (oneDNN wants unsigned inputs: 128 stands for 0).
+    One row: FBGEMM does all of it in one call, in less than half the time of a small product.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -123,8 +144,11 @@ class Int8Linear(PlainLinear):
         self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._zero = torch.zeros(len(weight), dtype=torch.int32)
         self._run = torch.ops.onednn.qlinear_pointwise.default
+        self._one_row = _pack_for_one_row(weight, self._scale)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if len(x) == 1 and self._one_row is not None:
+            return torch.ops.quantized.linear_dynamic(x, self._one_row)
         largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
         largest = largest.clamp_min_(1e-12)
         rounded = (x * (127.0 / largest)).add_(128.5).to(torch.uint8)
@@ -144,3 +168,23 @@ class Int8Linear(PlainLinear):
             "",
         )
         return product.mul_(largest)
+
+
+def _pack_for_one_row(weight: Tensor, scale: Tensor) -> object | None:
+    """FBGEMM's form of the same int8 weights; None where torch has no FBGEMM or no VNNI.
+
+    Without VNNI its sums of two products saturate at 16 bits.
+    """
+    backend = torch.backends.quantized
+    if "fbgemm" not in backend.supported_engines or not torch.cpu._is_vnni_supported():
+        return None
+    before = backend.engine
+    try:
+        backend.engine = "fbgemm"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # quantised tensors are to go; the kernel stays
+            zero = torch.zeros(len(weight), dtype=torch.long)
+            tensor = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
+            return torch.ops.quantized.linear_prepack(tensor, None)
+    finally:
+        backend.engine = before

@@ -3,7 +3,8 @@
 A token of a small model costs more in calls than in arithmetic, so `PackedRunner` makes as few
 calls as it can: q, k and v come from one product; residual, SiLU and gate are part of products;
 the gain of a norm is multiplied into the matrix behind it; the two halves of a rotary pair are
-stored side by side so that a rotation is one complex product. Weights are float32, bfloat16 or int8 (`engine.linears`).
+stored side by side so that a rotation is one complex product. Weights are float32, bfloat16 or
+int8 (`engine.linears`).
 The readable twin is `engine.runner.Runner`; tests hold the two equal. Used by `engine.engine` for
 qwen3 on CPUs. Never changes the model; after an optimizer step it packs again.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.engine.attention_plan import DecodePlan, PiecePlan
-from fledge.engine.linears import Linear, pack
+from fledge.engine.linears import Gated, Linear, pack, pack_gated
 from fledge.engine.runner import DECODE_BUCKET, Runner
 from fledge.model import Transformer
 from fledge.model.attention import attend
@@ -37,8 +38,7 @@ class PackedLayer:
 
     qkv: Linear
     out: Linear
-    gate: Linear
-    up: Linear
+    gated: Gated
     down: Linear
     qk_gain: Tensor
 
@@ -102,8 +102,9 @@ class PackedRunner(Runner):
                 PackedLayer(
                     pack(qkv, self.weights),
                     pack(attention.o_proj.weight, self.weights),
-                    pack(mlp.gate_proj.weight * gain_in, self.weights),
-                    pack(mlp.up_proj.weight * gain_in, self.weights),
+                    pack_gated(
+                        mlp.gate_proj.weight * gain_in, mlp.up_proj.weight * gain_in, self.weights
+                    ),
                     pack(mlp.down_proj.weight, self.weights),
                     gain.contiguous(),
                 )
@@ -168,11 +169,10 @@ class PackedRunner(Runner):
             if len(y) < len(x):
                 y = F.pad(y, (0, 0, 0, len(x) - used))
             x = layer.out.plus(y, x)
-            h = self._normed(x)
-            x = layer.down.plus(layer.up.times(h, layer.gate.silu(h)), x)
+            x = layer.down.plus(layer.gated(self._normed(x)), x)
         return self._normed(x).mul_(self._norm)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """x over its root mean square, gain left out: three small calls instead of RMSNorm's six."""
+        """x over its root mean square, gain left out: three small calls, not RMSNorm's six."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()

@@ -117,6 +117,7 @@ class Scheduler:
         self.groups: deque[Group] = deque()
         self.rows: list[Row] = []
         self.cancelled: list[TokenEvent] = []
+        self._scratch = torch.empty(0)
 
     @property
     def busy(self) -> bool:
@@ -310,7 +311,7 @@ class Scheduler:
         picked = sample(adjusted, draws.to(logits.device), [r.params for r in rows])
         # log-probabilities are of the model itself, in float32
         logits = logits.float()
-        norms = logits.logsumexp(dim=-1)
+        norms = self._norms(logits)
         logprobs = logits.gather(1, picked[:, None])[:, 0] - norms
         best = self._top_logprobs(rows, logits, norms)
         events = []
@@ -338,6 +339,15 @@ class Scheduler:
                 )
             )
         return events
+
+    def _norms(self, logits: Tensor) -> Tensor:
+        """log-sum-exp [rows], in memory that is kept: fresh pages cost more than the sum."""
+        if self._scratch.numel() < logits.numel() or self._scratch.device != logits.device:
+            self._scratch = torch.empty(logits.numel(), device=logits.device)
+        buffer = self._scratch[: logits.numel()].view(logits.shape)
+        largest = logits.amax(dim=-1, keepdim=True)
+        torch.sub(logits, largest, out=buffer)
+        return buffer.exp_().sum(dim=-1).log_().add_(largest[:, 0])
 
     @staticmethod
     def _top_logprobs(
