@@ -6,7 +6,7 @@ from tests.helpers_model import tiny_model, tiny_tokenizer
 
 from fledge.engine import Engine, SamplingParams
 from fledge.engine.attention_plan import DecodePlan, _attend_by_products
-from fledge.engine.linears import Int8Linear, PlainGated, PlainLinear, has_onednn, pack, pack_gated
+from fledge.engine.linears import Int8Linear, PlainLinear, has_onednn, pack, pack_swiglu
 from fledge.engine.packed import PackedRunner
 from fledge.engine.runner import Runner
 from fledge.errors import UserError
@@ -42,7 +42,9 @@ def test_packed_passes_equal_the_module():
     ]
     got = []
     for runner in runners():
-        logits = [runner.prefill([prompt[:30], [7] * 9], [Piece(0, 0, 30), Piece(3, 0, 9)], [1], 64)]
+        logits = [
+            runner.prefill([prompt[:30], [7] * 9], [Piece(0, 0, 30), Piece(3, 0, 9)], [1], 64)
+        ]
         logits.append(runner.prefill([prompt[30:]], [Piece(0, 30, 10)], [0], None))
         logits.append(runner.prefill([[3, 4, 5, 6, 7]], [Piece(4, 40, 5, shared)], [0], None))
         logits.append(runner.decode([1, 2, 3, 4, 5], decoding))
@@ -84,10 +86,10 @@ def test_neighbouring_rows_of_like_length_share_a_call():
 @needs_onednn
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("shape", [(96, 32), (32, 96)])
+@pytest.mark.parametrize("shape", [(96, 32), (32, 96), (1024, 48)])
 def test_products_equal_their_readable_twin(weights, rows, shape):
     generator = torch.Generator().manual_seed(0)
-    weight, other = torch.randn(*shape, generator=generator), torch.randn(*shape)
+    weight, other = torch.randn(2, *shape, generator=generator)
     x = torch.randn(rows, shape[1], generator=generator)
     residual = torch.randn(rows, shape[0], generator=generator)
     close = {"float32": 1e-5, "bfloat16": 0.01, "int8": 0.03}[weights]
@@ -98,8 +100,11 @@ def test_products_equal_their_readable_twin(weights, rows, shape):
     twin, subject = PlainLinear(weight), pack(weight, weights)
     check(subject(x), twin(x))
     check(subject.plus(x, residual), twin(x) + residual)
-    twin_gated = PlainGated(PlainLinear(torch.cat((weight, other))))
-    check(pack_gated(weight, other, weights)(x), twin_gated(x))
+    down = torch.randn(shape[1], shape[0], generator=generator)
+    stream = torch.randn(rows, shape[1], generator=generator)
+    subject = pack_swiglu(weight, other, down, weights)
+    inner = torch.nn.functional.silu(x @ weight.T) * (x @ other.T)
+    check(subject.plus(x, stream), inner @ down.T + stream)
 
 
 @needs_onednn

@@ -1,7 +1,7 @@
 """Matrix products of packed weights: float32, bfloat16 and int8.
 
 `pack` gives a `Linear`, which knows x W^T and the residual that a block adds behind it;
-`pack_gated` the two products and the gate of SwiGLU. Used by `engine.packed`. float32 goes through
+`pack_swiglu` the whole feed-forward layer. Used by `engine.packed`. float32 goes through
 oneDNN where torch has it: torch's own float32 product goes through MKL, which leaves AMD's AVX-512
 unused (docs/log.md has the figures), and oneDNN takes the step behind the product in as well.
 Which form is how fast is measured in benchmarks/infer_cpu.md.
@@ -31,12 +31,6 @@ class Linear(Protocol):
         ...
 
 
-class Gated(Protocol):
-    """silu(x G^T) * (x U^T), the first half of SwiGLU."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
 def pack(weight: Tensor, weights: str) -> Linear:
     """The product with `weight` [out, in], stored in one of FORMATS."""
     weight = weight.detach()
@@ -53,15 +47,27 @@ def pack(weight: Tensor, weights: str) -> Linear:
     )
 
 
-def pack_gated(gate: Tensor, up: Tensor, weights: str) -> Gated:
-    """The gated product of two matrices [out, in]."""
+def pack_swiglu(gate: Tensor, up: Tensor, down: Tensor, weights: str) -> SwiGLU:
+    """The feed-forward layer of two matrices [inner, D] and one [D, inner]."""
     if weights == "float32" and has_onednn():
-        return OneDnnGated(gate.detach(), up.detach())
-    return PlainGated(pack(torch.cat((gate, up)), weights))
+        gated = OneDnnGated(gate.detach(), up.detach())
+        return SwiGLU(gated, pack(F.pad(down.detach(), (0, _padding(len(gate)))), weights))
+    return SwiGLU(PlainGated(pack(torch.cat((gate, up)), weights)), pack(down, weights))
 
 
 def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class SwiGLU:
+    """The feed-forward layer with the residual: down(silu(gate x) * (up x)) + other."""
+
+    def __init__(self, gated: PlainGated | OneDnnGated, down: Linear) -> None:
+        self._gated = gated
+        self._down = down
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._down.plus(self._gated(x), other)
 
 
 class PlainLinear:
@@ -88,20 +94,37 @@ class PlainGated:
         return F.silu(gate).mul_(up)
 
 
+def _turned(weight: Tensor, padding: int) -> Tensor:
+    """The weights in the order of memory that oneDNN reads fastest, `padding` zero outputs added."""
+    out, width = weight.shape
+    memory = weight.new_zeros(width, out + padding)
+    memory[:, :out] = weight.t()
+    return memory.t()
+
+
+def _padding(outputs: int) -> int:
+    """Zero outputs to add: rows of memory a multiple of 4 KiB apart fight for the same
+    lines of the cache, and the product takes twice to three times as long (docs/log.md)."""
+    return 32 if outputs * 4 % 4096 == 0 else 0
+
+
 class OneDnnLinear:
-    """oneDNN's product with the next step fused in."""
+    """oneDNN's product, the addition fused in; weights [in, out] in memory."""
 
     def __init__(self, weight: Tensor) -> None:
-        narrow = weight.shape[0] <= weight.shape[1]
-        # the order of the weights that the kernel reads faster (measured: docs/log.md)
-        self._weight = weight.t().contiguous().t() if narrow else weight.contiguous()
+        self._outputs = len(weight)
+        self._padding = _padding(self._outputs)
+        self._weight = _turned(weight, self._padding)
         self._run = torch.ops.mkldnn._linear_pointwise.default
         self._run_with = torch.ops.mkldnn._linear_pointwise.binary
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._run(x, self._weight, None, "none", [], "")
+        y = self._run(x, self._weight, None, "none", [], "")
+        return y[:, : self._outputs] if self._padding else y
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        if self._padding:
+            return self(x) + other
         return self._run_with(x, other, self._weight, None, "add")
 
 
@@ -109,11 +132,14 @@ class OneDnnGated:
     """Two products, SiLU fused into the first and the multiplication into the second."""
 
     def __init__(self, gate: Tensor, up: Tensor) -> None:
-        self._gate, self._up = gate.contiguous(), up.contiguous()
+        self._outputs = len(gate)
+        padding = _padding(self._outputs)
+        self._gate, self._up = _turned(gate, padding), _turned(up, padding)
         self._run = torch.ops.mkldnn._linear_pointwise.default
         self._run_with = torch.ops.mkldnn._linear_pointwise.binary
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[N, out] and `padding` zeros behind it."""
         gate = self._run(x, self._gate, None, "swish", [], "")
         return self._run_with(x, gate, self._up, None, "mul")
 

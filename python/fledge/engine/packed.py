@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.engine.attention_plan import DecodePlan, PiecePlan
-from fledge.engine.linears import Gated, Linear, pack, pack_gated
+from fledge.engine.linears import Linear, SwiGLU, pack, pack_swiglu
 from fledge.engine.runner import DECODE_BUCKET, Runner
 from fledge.model import Transformer
 from fledge.model.attention import attend
@@ -38,8 +38,7 @@ class PackedLayer:
 
     qkv: Linear
     out: Linear
-    gated: Gated
-    down: Linear
+    feed_forward: SwiGLU
     qk_gain: Tensor
 
 
@@ -102,10 +101,12 @@ class PackedRunner(Runner):
                 PackedLayer(
                     pack(qkv, self.weights),
                     pack(attention.o_proj.weight, self.weights),
-                    pack_gated(
-                        mlp.gate_proj.weight * gain_in, mlp.up_proj.weight * gain_in, self.weights
+                    pack_swiglu(
+                        mlp.gate_proj.weight * gain_in,
+                        mlp.up_proj.weight * gain_in,
+                        mlp.down_proj.weight,
+                        self.weights,
                     ),
-                    pack(mlp.down_proj.weight, self.weights),
                     gain.contiguous(),
                 )
             )
@@ -169,7 +170,7 @@ class PackedRunner(Runner):
             if len(y) < len(x):
                 y = F.pad(y, (0, 0, 0, len(x) - used))
             x = layer.out.plus(y, x)
-            x = layer.down.plus(layer.gated(self._normed(x)), x)
+            x = layer.feed_forward.plus(self._normed(x), x)
         return self._normed(x).mul_(self._norm)
 
     def _normed(self, x: Tensor) -> Tensor:
