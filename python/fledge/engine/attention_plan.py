@@ -29,12 +29,16 @@ class Places:
     def __init__(self, cache: KVCache, pieces: list[Piece]) -> None:
         self.cache = cache
         self.heads = cache.keys[0].shape[1]
-        slots = [piece.slot for piece in pieces for _ in range(piece.count)]
         self.positions = [p for piece in pieces for p in range(piece.start, piece.end)]
-        self.used = len(slots)
-        heads = torch.arange(self.heads)
-        first = torch.tensor(slots)[:, None] * self.heads + heads  # [N, H_kv]
-        self._index = (first * cache.max_len + torch.tensor(self.positions)[:, None]).flatten()
+        self.used = len(self.positions)
+        if self.used == len(pieces):  # one token each: a short list is made faster than tensors
+            heads, length = range(self.heads), cache.max_len
+            first = [piece.slot * self.heads * length + piece.start for piece in pieces]
+            self._index = torch.tensor([f + h * length for f in first for h in heads])
+            return
+        slots = [piece.slot for piece in pieces for _ in range(piece.count)]
+        lines = torch.tensor(slots)[:, None] * self.heads + torch.arange(self.heads)  # [N, H_kv]
+        self._index = (lines * cache.max_len + torch.tensor(self.positions)[:, None]).flatten()
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Stores k and v [N, H_kv, K]; what is behind the used rows is padding."""

@@ -103,8 +103,11 @@ def _turned(weight: Tensor, padding: int) -> Tensor:
 
 
 def _padding(outputs: int) -> int:
-    """Zero outputs to add: rows of memory a multiple of 4 KiB apart fight for the same
-    lines of the cache, and the product takes twice to three times as long (docs/log.md)."""
+    """Zero outputs to add where rows of memory would lie a multiple of 4 KiB apart.
+
+    Such rows fight for the same lines of the cache, and the product takes two to three times as
+    long (docs/log.md).
+    """
     return 32 if outputs * 4 % 4096 == 0 else 0
 
 

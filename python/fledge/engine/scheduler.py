@@ -26,6 +26,7 @@ from fledge.engine.tools import Tools, ToolState
 from fledge.model.kv_cache import Piece, Segment
 
 TOOL_THREADS = 4
+KEPT_FROM_ROWS = 4
 TOOL_WAIT_SECONDS = 0.01  # a step with nothing to compute waits this long for a tool
 
 
@@ -341,7 +342,12 @@ class Scheduler:
         return events
 
     def _norms(self, logits: Tensor) -> Tensor:
-        """log-sum-exp [rows], in memory that is kept: fresh pages cost more than the sum."""
+        """log-sum-exp [rows], in memory that is kept: fresh pages cost more than the sum.
+
+        A deterministic engine does the same for every number of rows.
+        """
+        if len(logits) < KEPT_FROM_ROWS and not self.deterministic:
+            return logits.logsumexp(dim=-1)
         if self._scratch.numel() < logits.numel() or self._scratch.device != logits.device:
             self._scratch = torch.empty(logits.numel(), device=logits.device)
         buffer = self._scratch[: logits.numel()].view(logits.shape)
