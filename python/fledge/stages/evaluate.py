@@ -16,7 +16,6 @@ from typing import Any
 
 from fledge import files
 from fledge.data.overlap import read_texts
-from fledge.engine import Engine
 from fledge.errors import UserError
 from fledge.evals import bpb, hf, suite
 from fledge.evals.examine import TaskResult, pick_items
@@ -26,10 +25,13 @@ from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.core import CORE
 from fledge.evals.tasks.registry import find_tasks
 from fledge.evals.tasks.worlds import EXAMS
+from fledge.model import Transformer
 from fledge.report import gather
 from fledge.run import Run, find_checkpoint
 from fledge.stages.context import StageContext, peak_memory_bytes
+from fledge.stages.inference import stage_engine
 from fledge.stages.material import open_material
+from fledge.tokenizer import Tokenizer
 from fledge.train.checkpoint import verify
 
 Note = Callable[[str], None]
@@ -48,11 +50,12 @@ class Candidate:
         """The engine of the checkpoint."""
         if (self.folder / "train_state").is_dir():
             verify(self.folder)
-        engine = hf.open_hf(self.folder) if self.is_foreign else Engine.from_folder(self.folder)
-        engine.model.eval()
-        if self.device is not None:
-            engine.model.to(self.device)
-        return engine
+        if self.is_foreign:
+            engine = hf.open_hf(self.folder)
+            engine.model.eval().to(self.device or "cpu")
+            return engine
+        model = Transformer.load(self.folder).eval().to(self.device or "cpu")
+        return stage_engine(model, Tokenizer.load(self.folder))
 
     @functools.cached_property
     def is_foreign(self) -> bool:
