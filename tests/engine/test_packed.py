@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.helpers_model import tiny_model, tiny_tokenizer
 
-from fledge.engine import Engine, SamplingParams
+from fledge.engine import Engine, SamplingParams, linears
 from fledge.engine.attention_plan import DecodePlan, _attend_by_products
 from fledge.engine.linears import Int8Linear, PlainLinear, has_onednn, pack, pack_swiglu
 from fledge.engine.packed import PackedRunner
@@ -87,7 +87,9 @@ def test_neighbouring_rows_of_like_length_share_a_call():
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("shape", [(96, 32), (32, 96), (1024, 48)])
-def test_products_equal_their_readable_twin(weights, rows, shape):
+@pytest.mark.parametrize("fuse_from", [0, 2**60])
+def test_products_equal_their_readable_twin(weights, rows, shape, fuse_from, monkeypatch):
+    monkeypatch.setattr(linears, "FUSE_FROM", fuse_from)
     generator = torch.Generator().manual_seed(0)
     weight, other = torch.randn(2, *shape, generator=generator)
     x = torch.randn(rows, shape[1], generator=generator)

@@ -26,7 +26,6 @@ from fledge.engine.tools import Tools, ToolState
 from fledge.model.kv_cache import Piece, Segment
 
 TOOL_THREADS = 4
-KEPT_FROM_ROWS = 4
 TOOL_WAIT_SECONDS = 0.01  # a step with nothing to compute waits this long for a tool
 
 
@@ -311,10 +310,9 @@ class Scheduler:
             )
         picked = sample(adjusted, draws.to(logits.device), [r.params for r in rows])
         # log-probabilities are of the model itself, in float32
-        logits = logits.float()
-        norms = self._norms(logits)
-        logprobs = logits.gather(1, picked[:, None])[:, 0] - norms
-        best = self._top_logprobs(rows, logits, norms)
+        table = self._log_softmax(logits)
+        logprobs = table.gather(1, picked[:, None])[:, 0]
+        best = self._top_logprobs(rows, table)
         events = []
         for i, (row, token, logprob) in enumerate(
             zip(rows, picked.tolist(), logprobs.tolist(), strict=True)
@@ -341,29 +339,20 @@ class Scheduler:
             )
         return events
 
-    def _norms(self, logits: Tensor) -> Tensor:
-        """log-sum-exp [rows], in memory that is kept: fresh pages cost more than the sum.
-
-        A deterministic engine does the same for every number of rows.
-        """
-        if len(logits) < KEPT_FROM_ROWS and not self.deterministic:
-            return logits.logsumexp(dim=-1)
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        """[rows, V], in memory that is kept: fresh pages cost more than the sums."""
         if self._scratch.numel() < logits.numel() or self._scratch.device != logits.device:
             self._scratch = torch.empty(logits.numel(), device=logits.device)
-        buffer = self._scratch[: logits.numel()].view(logits.shape)
-        largest = logits.amax(dim=-1, keepdim=True)
-        torch.sub(logits, largest, out=buffer)
-        return buffer.exp_().sum(dim=-1).log_().add_(largest[:, 0])
+        out = self._scratch[: logits.numel()].view(logits.shape)
+        return torch.log_softmax(logits.float(), dim=-1, out=out)
 
     @staticmethod
-    def _top_logprobs(
-        rows: list[Row], logits: Tensor, norms: Tensor
-    ) -> dict[int, list[tuple[int, float]]]:
+    def _top_logprobs(rows: list[Row], table: Tensor) -> dict[int, list[tuple[int, float]]]:
         wanted = {i: r.params.top_logprobs for i, r in enumerate(rows) if r.params.top_logprobs}
         found: dict[int, list[tuple[int, float]]] = {}
         for i, count in wanted.items():
-            values, ids = logits[i].topk(min(count, logits.shape[-1]))
-            found[i] = [*zip(ids.tolist(), (values - norms[i]).tolist(), strict=True)]
+            values, ids = table[i].topk(min(count, table.shape[-1]))
+            found[i] = [*zip(ids.tolist(), values.tolist(), strict=True)]
         return found
 
     def _maybe_call_tool(self, row: Row, token: int) -> None:
