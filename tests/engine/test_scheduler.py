@@ -279,3 +279,18 @@ def test_leaving_a_stream_early_frees_its_row():
     stream.close()
     assert subject.in_flight == 0 and subject.step() == []
     assert len(subject.generate([[1, 2]], SamplingParams(max_tokens=3))[0][0].ids) <= 3
+
+
+def test_log_probabilities_are_left_out_where_nobody_wants_them():
+    subject = live()
+    wanted = SamplingParams(max_tokens=4, top_logprobs=2, ignore_eos=True)
+    unwanted = SamplingParams(max_tokens=4, logprobs=False, ignore_eos=True)
+    ids = [subject.add(Request([1, 2, 3], p)) for p in (wanted, unwanted)]
+    seen = {i: [] for i in ids}
+    while subject.in_flight:
+        for event in subject.step():
+            seen[event.request_id].append(event)
+    assert [e.token for e in seen[ids[0]]] == [e.token for e in seen[ids[1]]]
+    assert all(e.logprob < 0 and len(e.top_logprobs) == 2 for e in seen[ids[0]])
+    assert all(e.top_logprobs[0] == (e.token, e.logprob) for e in seen[ids[0]])
+    assert all(e.logprob == 0 and e.top_logprobs == [] for e in seen[ids[1]])

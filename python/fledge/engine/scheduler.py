@@ -310,12 +310,14 @@ class Scheduler:
             )
         picked = sample(adjusted, draws.to(logits.device), [r.params for r in rows])
         # log-probabilities are of the model itself, in float32
-        table = self._log_softmax(logits)
-        logprobs = table.gather(1, picked[:, None])[:, 0]
-        best = self._top_logprobs(rows, table)
+        logprobs, best = [0.0] * len(rows), {}
+        if any(r.params.logprobs for r in rows):
+            table = self._log_softmax(logits)
+            logprobs = table.gather(1, picked[:, None])[:, 0].tolist()
+            best = self._top_logprobs(rows, table)
         events = []
         for i, (row, token, logprob) in enumerate(
-            zip(rows, picked.tolist(), logprobs.tolist(), strict=True)
+            zip(rows, picked.tolist(), logprobs, strict=True)
         ):
             row.ids.append(token)
             row.unread.append(token)
@@ -331,7 +333,7 @@ class Scheduler:
                     row.request_id,
                     row.choice,
                     token,
-                    logprob,
+                    logprob if row.params.logprobs else 0.0,
                     best.get(i, []),
                     sampled=True,
                     finish_reason=row.finish_reason,
