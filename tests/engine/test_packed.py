@@ -67,10 +67,13 @@ def test_attention_by_products_equals_its_readable_twin(masked):
     q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
     visible = torch.arange(11) < torch.tensor([11, 4, 7])[:, None]
     mask = torch.zeros(3, 11).masked_fill(~visible, float("-inf"))[:, None, None]
-    got = _attend_by_products(q, k, v, mask if masked else None)
+    got, lse = _attend_by_products(q, k, v, mask if masked else None, want_lse=True)
     allowed = visible[:, None, None] if masked else torch.ones(1, 11, dtype=torch.bool)
     expected = naive_attend(q, k, v, allowed)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    scores = q @ k.transpose(-1, -2) / 8**0.5 + (mask if masked else 0)
+    expected = scores.logsumexp(dim=-1)
+    torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_neighbouring_rows_of_like_length_share_a_call():

@@ -15,6 +15,7 @@ from tests.helpers_model import tiny_model, tiny_tokenizer
 
 from fledge.engine import Engine, Request, SamplingParams, TokenEvent
 from fledge.engine.tools import Tools
+from fledge.model import ModelConfig, Transformer
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model(TOKENIZER.vocab_size, context=160)
@@ -248,14 +249,27 @@ def test_choices_outnumber_the_slots():
             assert [client.answers[c] for c in range(7)] == [naive([*prompt, i], params, None)] * 7
 
 
-def test_a_deterministic_row_is_bitwise_the_same_in_any_company():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_deterministic_row_is_bitwise_the_same_in_any_company(threads):
     """Log-probabilities are compared as bits: one bucket, one chunk size, own cuts."""
+    before = torch.get_num_threads()
     rng = random.Random(5)
+    config = ModelConfig(384, 128, 2, 4, 4, 64, 96, 320, tie_word_embeddings=False)
+    model = Transformer(config, seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, n=2, ignore_eos=True)
-    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 90))] for _ in range(9)]
-    together = live(deterministic=True, chunk_tokens=32).generate(prompts, params)
-    for prompt, expected in zip(prompts, together, strict=True):
-        assert live(deterministic=True, chunk_tokens=32).generate([prompt], params) == [expected]
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 200))] for _ in range(9)]
+    try:
+        torch.set_num_threads(threads)
+        subject = Engine(model, TOKENIZER, deterministic=True, chunk_tokens=32)
+        together = subject.generate(prompts, params)
+        for prompt, expected in zip(prompts, together, strict=True):
+            assert subject.generate([prompt], params) == [expected]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_new_weights_end_what_was_remembered():

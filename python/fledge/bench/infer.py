@@ -138,8 +138,9 @@ class Peer:
 
         logging.set_verbosity_error()
         c = model.config
-        self.model = Qwen3ForCausalLM(
-            Qwen3Config(
+        config: Any = Qwen3Config
+        self.model: Any = Qwen3ForCausalLM(
+            config(
                 vocab_size=c.vocab_size,
                 hidden_size=c.hidden_size,
                 intermediate_size=c.intermediate_size,
