@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.helpers_model import tiny_model, tiny_tokenizer
 
-from fledge.engine import Engine, Request, SamplingParams, TokenEvent
+from fledge.engine import Engine, Request, SamplingParams, TokenEvent, scheduler
 from fledge.engine.tools import Tools
 from fledge.model import ModelConfig, Transformer
 
@@ -121,7 +121,10 @@ def drive(engine: Engine, rng: random.Random, tools: Tools, count: int) -> list[
 @pytest.mark.parametrize(
     ("seed", "slots", "chunk"), [(0, 4, 7), (1, 9, 64), (2, 3, 5), (3, 16, 33)]
 )
-def test_any_interleaving_gives_the_naive_answers(seed, slots, chunk, deterministic, packed):
+def test_any_interleaving_gives_the_naive_answers(
+    seed, slots, chunk, deterministic, packed, monkeypatch
+):
+    monkeypatch.setattr(scheduler, "DETERMINISTIC_SHARE", 48)
     rng = random.Random(seed)
     subject = Engine(
         MODEL,
@@ -249,9 +252,11 @@ def test_choices_outnumber_the_slots():
             assert [client.answers[c] for c in range(7)] == [naive([*prompt, i], params, None)] * 7
 
 
+@pytest.mark.parametrize("share_from", [48, 512])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_deterministic_row_is_bitwise_the_same_in_any_company(threads):
+def test_a_deterministic_row_is_bitwise_the_same_in_any_company(threads, share_from, monkeypatch):
     """Log-probabilities are compared as bits: one bucket, one chunk size, own cuts."""
+    monkeypatch.setattr(scheduler, "DETERMINISTIC_SHARE", share_from)
     before = torch.get_num_threads()
     rng = random.Random(5)
     config = ModelConfig(384, 128, 2, 4, 4, 64, 96, 320, tie_word_embeddings=False)

@@ -25,6 +25,7 @@ from fledge.engine.sampling import adjust, sample, uniform
 from fledge.engine.tools import Tools, ToolState
 from fledge.model.kv_cache import Piece, Segment
 
+DETERMINISTIC_SHARE = 512  # tokens
 TOOL_THREADS = 4
 TOOL_WAIT_SECONDS = 0.01  # a step with nothing to compute waits this long for a tool
 
@@ -114,6 +115,8 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.deterministic = deterministic
         self.poison = poison
+        # deterministic rows read a shared prompt one by one, so a copy costs less up to here
+        self.share_from = DETERMINISTIC_SHARE if deterministic else MIN_SHARE
         self.groups: deque[Group] = deque()
         self.rows: list[Row] = []
         self.cancelled: list[TokenEvent] = []
@@ -192,7 +195,7 @@ class Scheduler:
         """Choices that begin behind a prompt that was read for the first choice."""
         assert group.logits is not None
         prompt, begun = group.request.prompt, []
-        share = len(prompt) >= MIN_SHARE
+        share = len(prompt) >= self.share_from
         while group.waiting:
             segments = group.segments if share else ()
             grant = self.pool.acquire_behind(segments, prompt)
@@ -272,7 +275,7 @@ class Scheduler:
             if group.leader is leader and group.waiting and group.logits is None:
                 length = len(leader.prompt)
                 group.logits = logits[rows.index(leader)].clone()
-                if length >= MIN_SHARE:
+                if length >= self.share_from:
                     leader.segments = self.pool.share_own_prefix(leader.slot, length)
                 group.segments = self.pool.segments_of(leader.slot, length)
                 self.pool.hold(group.segments)
