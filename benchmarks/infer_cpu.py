@@ -65,6 +65,7 @@ def table(stored: dict[str, Any]) -> str:
         " Ours and the peer's runs alternate in one process.",
         f"Bound: bytes a step must read (weights once, keys and values of every row) over the"
         f" measured copy bandwidth, at best {stored['bandwidth'] / 1e9:.1f} GB/s.",
+        *([stored["note"]] if stored.get("note") else []),
         "",
         "| shape | batch | prompts | weights | ms a step | tok/s | peer ms | times faster | bound"
         " ms | share of the bound |",
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--bpb", help="a checkpoint folder")
     parser.add_argument("--text", help="held-out text for --bpb")
     parser.add_argument("--max-bytes", type=int, default=300_000)
+    parser.add_argument("--note", help="what else is to be known of the machine; goes to the table")
     args = parser.parse_args()
 
     import torch
@@ -163,6 +165,8 @@ def main() -> None:
         }
     if args.bpb:
         stored["bpb"] = bits_per_byte(args.bpb, args.text, args.max_bytes)
+    if args.note:
+        stored["note"] = args.note
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     TABLE.write_text(table(stored))
     print(table(stored))
