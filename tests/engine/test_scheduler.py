@@ -313,3 +313,18 @@ def test_log_probabilities_are_left_out_where_nobody_wants_them():
     assert all(e.logprob < 0 and len(e.top_logprobs) == 2 for e in seen[ids[0]])
     assert all(e.top_logprobs[0] == (e.token, e.logprob) for e in seen[ids[0]])
     assert all(e.logprob == 0 and e.top_logprobs == [] for e in seen[ids[1]])
+
+
+def test_the_engine_tells_what_a_server_asks():
+    subject = live(slots=4)
+    assert subject.slots == 4 and subject.cached_tokens(1) is None
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    first = subject.add(Request([*range(60)], params))
+    while subject.in_flight:
+        subject.step()
+    second = subject.add(Request([*range(60), 9], params))
+    subject.step()
+    assert subject.cached_tokens(first) == 0 and subject.cached_tokens(second) == 60
+    states = subject.runner.hidden_of(torch.tensor([[1, 2, 3]]))
+    logits = subject.runner.head(states[0])
+    torch.testing.assert_close(logits, MODEL(torch.tensor([[1, 2, 3]]))[0], rtol=1e-4, atol=1e-4)

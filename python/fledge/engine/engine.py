@@ -19,7 +19,8 @@ from torch import Tensor
 from fledge.engine.packed import PackedRunner, can_pack
 from fledge.engine.requests import Completion, Request, SamplingParams, TokenEvent
 from fledge.engine.runner import Runner
-from fledge.engine.scheduler import Scheduler, ToolRunner, ToolTokens, pad_right
+from fledge.engine.scheduler import Scheduler, pad_right
+from fledge.engine.tool_runner import ToolRunner, ToolTokens
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.model import Transformer
@@ -118,6 +119,20 @@ class Engine:
     def in_flight(self) -> int:
         """Requests that have not ended."""
         return 0 if self._live is None else len(self._live.requests)
+
+    @property
+    def slots(self) -> int:
+        """Rows that can be in flight at once: as many as wanted, or as memory holds."""
+        return self._slots_that_fit() if self._live is None else len(self._live.pool.slots)
+
+    @property
+    def runner(self) -> Runner:
+        """The passes of the model as this engine runs them: `hidden_of` and `head` for scoring."""
+        return self._runner()
+
+    def cached_tokens(self, request_id: int) -> int | None:
+        """Tokens of a request's prompt that were known from earlier; None before it was begun."""
+        return None if self._live is None else self._live.cached_tokens.get(request_id)
 
     def weights_changed(self) -> None:
         """To be called after an optimizer step: what was read with the old weights is dropped."""

@@ -10,7 +10,7 @@ a thread pool. Used by `engine.Engine` only; one scheduler lives as long as its 
 from __future__ import annotations
 
 import concurrent.futures
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -22,11 +22,12 @@ from fledge.engine.pool import MIN_SHARE, SlotPool
 from fledge.engine.requests import Request, SamplingParams, TokenEvent
 from fledge.engine.runner import Runner
 from fledge.engine.sampling import adjust, sample, uniform
-from fledge.engine.tools import Tools, ToolState
+from fledge.engine.tool_runner import ToolRunner
+from fledge.engine.tools import ToolState
 from fledge.model.kv_cache import Piece, Segment
 
+REMEMBERED = 4096  # requests of which it is known how much of the prompt was reused
 DETERMINISTIC_SHARE = 512  # tokens
-TOOL_THREADS = 4
 TOOL_WAIT_SECONDS = 0.01  # a step with nothing to compute waits this long for a tool
 
 
@@ -81,16 +82,6 @@ class Group:
     holds: bool = False
 
 
-@dataclass(frozen=True)
-class ToolTokens:
-    """The special tokens around code and output, and the tokenizer's two functions."""
-
-    python_start: int
-    python_end: int
-    output_start: int
-    output_end: int
-
-
 class Scheduler:
     """Rows in flight, waiting requests, and the step."""
 
@@ -120,6 +111,7 @@ class Scheduler:
         self.groups: deque[Group] = deque()
         self.rows: list[Row] = []
         self.cancelled: list[TokenEvent] = []
+        self.cached_tokens: OrderedDict[int, int] = OrderedDict()  # of the newest requests
         self._scratch = torch.empty(0)
 
     @property
@@ -187,6 +179,9 @@ class Scheduler:
             self.runner.cache.poison(grant.slot, start=grant.cached)
         group.leader = row
         self.rows.append(row)
+        self.cached_tokens[group.request_id] = grant.cached
+        if len(self.cached_tokens) > REMEMBERED:
+            self.cached_tokens.popitem(last=False)
         if not group.waiting:
             self.groups.remove(group)
         return True
@@ -416,42 +411,6 @@ class Scheduler:
                 if row.finish_reason:
                     self.pool.release(row.slot)
             self.rows = [row for row in self.rows if not row.finish_reason]
-
-
-class ToolRunner:
-    """Runs python parts in threads, so that a slow tool stops nobody else's row."""
-
-    def __init__(self, tokens: ToolTokens, encode, decode) -> None:
-        self.tokens = tokens
-        self._encode = encode
-        self._decode = decode
-        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
-
-    def code(self, ids: list[int], token: int) -> str | None:
-        """The code of the python part that `token`, the last of `ids`, closes; else None."""
-        if token != self.tokens.python_end:
-            return None
-        for begin in range(len(ids) - 2, -1, -1):
-            if ids[begin] == self.tokens.python_start:
-                return self._decode(ids[begin + 1 : -1])
-        return None
-
-    def submit(self, tools: Tools, code: str, state: ToolState) -> Future[list[int]]:
-        if self._executor is None:
-            self._executor = concurrent.futures.ThreadPoolExecutor(
-                TOOL_THREADS, thread_name_prefix="fledge-tool"
-            )
-
-        def work() -> list[int]:
-            text = tools.run(code, state).text
-            return [self.tokens.output_start, *self._encode(text), self.tokens.output_end]
-
-        return self._executor.submit(work)
-
-    def close(self) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-            self._executor = None
 
 
 def pad_right(rows: Iterable[list[int]]) -> tuple[Tensor, Tensor]:
