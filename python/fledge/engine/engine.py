@@ -10,7 +10,7 @@ Never trains, never reads or writes a run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -173,7 +173,7 @@ class Engine:
 
     def stream(
         self, prompt: list[int], params: SamplingParams, tools: Tools | None = None
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """The tokens of one completion as they come, forced ones and the end token included.
 
         Leaving the iterator early cancels the request.
