@@ -10,7 +10,7 @@ Never trains, never reads or writes a run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from fledge.engine.packed import PackedRunner, can_pack
 from fledge.engine.requests import Completion, Request, SamplingParams, TokenEvent
 from fledge.engine.runner import Runner
-from fledge.engine.scheduler import Scheduler, ToolRunner, ToolTokens, pad_right
+from fledge.engine.scheduler import Scheduler, pad_right
+from fledge.engine.tool_runner import ToolRunner, ToolTokens
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.model import Transformer
@@ -119,6 +120,20 @@ class Engine:
         """Requests that have not ended."""
         return 0 if self._live is None else len(self._live.requests)
 
+    @property
+    def slots(self) -> int:
+        """Rows that can be in flight at once: as many as wanted, or as memory holds."""
+        return self._slots_that_fit() if self._live is None else len(self._live.pool.slots)
+
+    @property
+    def runner(self) -> Runner:
+        """The passes of the model as this engine runs them: `hidden_of` and `head` for scoring."""
+        return self._runner()
+
+    def cached_tokens(self, request_id: int) -> int | None:
+        """Tokens of a request's prompt that were known from earlier; None before it was begun."""
+        return None if self._live is None else self._live.cached_tokens.get(request_id)
+
     def weights_changed(self) -> None:
         """To be called after an optimizer step: what was read with the old weights is dropped."""
         if self._live is None or not self._live.busy:
@@ -158,7 +173,7 @@ class Engine:
 
     def stream(
         self, prompt: list[int], params: SamplingParams, tools: Tools | None = None
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """The tokens of one completion as they come, forced ones and the end token included.
 
         Leaving the iterator early cancels the request.

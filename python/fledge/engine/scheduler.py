@@ -10,7 +10,7 @@ a thread pool. Used by `engine.Engine` only; one scheduler lives as long as its 
 from __future__ import annotations
 
 import concurrent.futures
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -22,11 +22,12 @@ from fledge.engine.pool import MIN_SHARE, SlotPool
 from fledge.engine.requests import Request, SamplingParams, TokenEvent
 from fledge.engine.runner import Runner
 from fledge.engine.sampling import adjust, sample, uniform
-from fledge.engine.tools import Tools, ToolState
+from fledge.engine.tool_runner import ToolRunner
+from fledge.engine.tools import ToolState
 from fledge.model.kv_cache import Piece, Segment
 
-TOOL_THREADS = 4
-KEPT_FROM_ROWS = 4
+REMEMBERED = 4096  # requests of which it is known how much of the prompt was reused
+DETERMINISTIC_SHARE = 512  # tokens
 TOOL_WAIT_SECONDS = 0.01  # a step with nothing to compute waits this long for a tool
 
 
@@ -81,16 +82,6 @@ class Group:
     holds: bool = False
 
 
-@dataclass(frozen=True)
-class ToolTokens:
-    """The special tokens around code and output, and the tokenizer's two functions."""
-
-    python_start: int
-    python_end: int
-    output_start: int
-    output_end: int
-
-
 class Scheduler:
     """Rows in flight, waiting requests, and the step."""
 
@@ -115,9 +106,12 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.deterministic = deterministic
         self.poison = poison
+        # deterministic rows read a shared prompt one by one, so a copy costs less up to here
+        self.share_from = DETERMINISTIC_SHARE if deterministic else MIN_SHARE
         self.groups: deque[Group] = deque()
         self.rows: list[Row] = []
         self.cancelled: list[TokenEvent] = []
+        self.cached_tokens: OrderedDict[int, int] = OrderedDict()  # of the newest requests
         self._scratch = torch.empty(0)
 
     @property
@@ -185,6 +179,9 @@ class Scheduler:
             self.runner.cache.poison(grant.slot, start=grant.cached)
         group.leader = row
         self.rows.append(row)
+        self.cached_tokens[group.request_id] = grant.cached
+        if len(self.cached_tokens) > REMEMBERED:
+            self.cached_tokens.popitem(last=False)
         if not group.waiting:
             self.groups.remove(group)
         return True
@@ -193,7 +190,7 @@ class Scheduler:
         """Choices that begin behind a prompt that was read for the first choice."""
         assert group.logits is not None
         prompt, begun = group.request.prompt, []
-        share = len(prompt) >= MIN_SHARE
+        share = len(prompt) >= self.share_from
         while group.waiting:
             segments = group.segments if share else ()
             grant = self.pool.acquire_behind(segments, prompt)
@@ -273,7 +270,7 @@ class Scheduler:
             if group.leader is leader and group.waiting and group.logits is None:
                 length = len(leader.prompt)
                 group.logits = logits[rows.index(leader)].clone()
-                if length >= MIN_SHARE:
+                if length >= self.share_from:
                     leader.segments = self.pool.share_own_prefix(leader.slot, length)
                 group.segments = self.pool.segments_of(leader.slot, length)
                 self.pool.hold(group.segments)
@@ -311,13 +308,14 @@ class Scheduler:
             )
         picked = sample(adjusted, draws.to(logits.device), [r.params for r in rows])
         # log-probabilities are of the model itself, in float32
-        logits = logits.float()
-        norms = self._norms(logits)
-        logprobs = logits.gather(1, picked[:, None])[:, 0] - norms
-        best = self._top_logprobs(rows, logits, norms)
+        logprobs, best = [0.0] * len(rows), {}
+        if any(r.params.logprobs for r in rows):
+            table = self._log_softmax(logits)
+            logprobs = table.gather(1, picked[:, None])[:, 0].tolist()
+            best = self._top_logprobs(rows, table)
         events = []
         for i, (row, token, logprob) in enumerate(
-            zip(rows, picked.tolist(), logprobs.tolist(), strict=True)
+            zip(rows, picked.tolist(), logprobs, strict=True)
         ):
             row.ids.append(token)
             row.unread.append(token)
@@ -333,7 +331,7 @@ class Scheduler:
                     row.request_id,
                     row.choice,
                     token,
-                    logprob,
+                    logprob if row.params.logprobs else 0.0,
                     best.get(i, []),
                     sampled=True,
                     finish_reason=row.finish_reason,
@@ -341,29 +339,20 @@ class Scheduler:
             )
         return events
 
-    def _norms(self, logits: Tensor) -> Tensor:
-        """log-sum-exp [rows], in memory that is kept: fresh pages cost more than the sum.
-
-        A deterministic engine does the same for every number of rows.
-        """
-        if len(logits) < KEPT_FROM_ROWS and not self.deterministic:
-            return logits.logsumexp(dim=-1)
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        """[rows, V], in memory that is kept: fresh pages cost more than the sums."""
         if self._scratch.numel() < logits.numel() or self._scratch.device != logits.device:
             self._scratch = torch.empty(logits.numel(), device=logits.device)
-        buffer = self._scratch[: logits.numel()].view(logits.shape)
-        largest = logits.amax(dim=-1, keepdim=True)
-        torch.sub(logits, largest, out=buffer)
-        return buffer.exp_().sum(dim=-1).log_().add_(largest[:, 0])
+        out = self._scratch[: logits.numel()].view(logits.shape)
+        return torch.log_softmax(logits.float(), dim=-1, out=out)
 
     @staticmethod
-    def _top_logprobs(
-        rows: list[Row], logits: Tensor, norms: Tensor
-    ) -> dict[int, list[tuple[int, float]]]:
+    def _top_logprobs(rows: list[Row], table: Tensor) -> dict[int, list[tuple[int, float]]]:
         wanted = {i: r.params.top_logprobs for i, r in enumerate(rows) if r.params.top_logprobs}
         found: dict[int, list[tuple[int, float]]] = {}
         for i, count in wanted.items():
-            values, ids = logits[i].topk(min(count, logits.shape[-1]))
-            found[i] = [*zip(ids.tolist(), (values - norms[i]).tolist(), strict=True)]
+            values, ids = table[i].topk(min(count, table.shape[-1]))
+            found[i] = [*zip(ids.tolist(), values.tolist(), strict=True)]
         return found
 
     def _maybe_call_tool(self, row: Row, token: int) -> None:
@@ -422,42 +411,6 @@ class Scheduler:
                 if row.finish_reason:
                     self.pool.release(row.slot)
             self.rows = [row for row in self.rows if not row.finish_reason]
-
-
-class ToolRunner:
-    """Runs python parts in threads, so that a slow tool stops nobody else's row."""
-
-    def __init__(self, tokens: ToolTokens, encode, decode) -> None:
-        self.tokens = tokens
-        self._encode = encode
-        self._decode = decode
-        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
-
-    def code(self, ids: list[int], token: int) -> str | None:
-        """The code of the python part that `token`, the last of `ids`, closes; else None."""
-        if token != self.tokens.python_end:
-            return None
-        for begin in range(len(ids) - 2, -1, -1):
-            if ids[begin] == self.tokens.python_start:
-                return self._decode(ids[begin + 1 : -1])
-        return None
-
-    def submit(self, tools: Tools, code: str, state: ToolState) -> Future[list[int]]:
-        if self._executor is None:
-            self._executor = concurrent.futures.ThreadPoolExecutor(
-                TOOL_THREADS, thread_name_prefix="fledge-tool"
-            )
-
-        def work() -> list[int]:
-            text = tools.run(code, state).text
-            return [self.tokens.output_start, *self._encode(text), self.tokens.output_end]
-
-        return self._executor.submit(work)
-
-    def close(self) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-            self._executor = None
 
 
 def pad_right(rows: Iterable[list[int]]) -> tuple[Tensor, Tensor]:
