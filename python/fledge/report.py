@@ -34,8 +34,7 @@ CORE_PATH = (
     *("optim/muon.py", "optim/groups.py", "optim/schedule.py"),
     *("train/loop.py", "train/checkpoint.py", "train/rl.py"),
     *("engine/sampling.py", "engine/scheduler.py", "engine/engine.py"),
-    *("evals/bpb.py", "evals/tries.py", "evals/scoring.py", "evals/examine.py"),
-    *("evals/records.py", "evals/suite.py"),
+    *("evals/bpb.py", "evals/scoring.py"),
     *("stages/context.py", "stages/training.py", "stages/tokenizer.py", "stages/base.py"),
     *("stages/chats.py", "stages/mid.py", "stages/sft.py", "stages/rl.py", "stages/evaluate.py"),
 )

@@ -25,7 +25,7 @@ from fledge.run import find_checkpoint  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # lm-eval's and its libraries' own
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3000),
     pytest.mark.slow,
 ]
 EXAMPLES = 200
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen3 with a context that cuts some of the prompts."""
     path = tmp_path_factory.mktemp("model")
     tokenizer = tiny_tokenizer()
-    tiny_model(tokenizer.vocab_size, context=768).save(path)
+    tiny_model(tokenizer.vocab_size, context=384).save(path)
     tokenizer.save(path)
     return path
 
