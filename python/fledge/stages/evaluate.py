@@ -38,10 +38,19 @@ Note = Callable[[str], None]
 class Candidate:
     """One checkpoint and the store of its results; opened when the first exam needs it."""
 
-    def __init__(self, folder: Path, store: Store | None, *, device: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: Store | None,
+        *,
+        device: str | None = None,
+        is_foreign: bool = False,
+    ) -> None:
+        """is_foreign: another maker's model, which has CORE only."""
         self.folder = folder
         self.store = store
         self.device = device
+        self.is_foreign = is_foreign
 
     @functools.cached_property
     def engine(self) -> Any:
@@ -53,11 +62,6 @@ class Candidate:
         if self.device is not None:
             engine.model.to(self.device)
         return engine
-
-    @functools.cached_property
-    def is_foreign(self) -> bool:
-        """Whether it is another maker's model, which has CORE only."""
-        return hf.is_foreign(self.folder)
 
     def take(
         self, task: Task, options: Options, *, after_chunk: Callable[[int], None] | None = None
@@ -148,7 +152,8 @@ def evaluate_model(
     """
     folder, in_run, stage = find_checkpoint(Path(path))
     found, notes = _tasks_for(in_run, tasks, data_root)
-    if hf.is_foreign(folder):
+    is_foreign = in_run is None and hf.is_foreign(folder)
+    if is_foreign:
         notes += [
             f"{t.name} is left out: {path} has no chat format" for t in found if t.kind != CORE
         ]
@@ -161,7 +166,7 @@ def evaluate_model(
         )
     place = (out or _place(folder, in_run, stage)) if keep else None
     store = Store(place, model_hash(folder)) if place is not None else None
-    candidate = Candidate(folder, store)
+    candidate = Candidate(folder, store, is_foreign=is_foreign)
     began, results = time.monotonic(), []
     for task in found:
         results.append(candidate.take(task, options))
@@ -245,7 +250,7 @@ def _tasks_of_material(
 def bits_per_byte(path: str | Path, text: Path) -> dict[str, Any]:
     """Bits per byte of a file or folder of text, whole documents; the shape of report.json."""
     folder, in_run, stage = find_checkpoint(Path(path))
-    if hf.is_foreign(folder):
+    if in_run is None and hf.is_foreign(folder):
         raise UserError(
             f"{path} was not written by fledge",
             "the bytes of its tokens are not known here",
