@@ -39,12 +39,12 @@ from fledge.run import find_checkpoint  # noqa: E402
 from fledge.tokenizer import Tokenizer  # noqa: E402
 
 
-def random_model(folder: Path, texts: list[str]) -> None:
+def random_model(folder: Path, texts: list[str], *, seed: int = 0) -> None:
     """A random model of quickstart's shape: depth 3, width 192, 4096 tokens, context 256."""
     tokenizer = Tokenizer.train(iter(texts), vocab_size=4096, pattern="qwen2")
     config = ModelConfig(4096, 192, 3, 3, 3, 64, 512, 256, tie_word_embeddings=True)
     model = Transformer(config, seed=0)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

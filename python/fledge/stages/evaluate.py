@@ -219,8 +219,10 @@ def _tasks_for(
         return find_tasks(data_root, names)
     recipe = run.recipe
     data = dataclasses.replace(recipe.data, root=data_root or recipe.data.root)
+    if recipe.data.source is not None:  # its tasks are files: the text need not be opened
+        return find_tasks(data.root, names)
     of_world = None if names is None else tuple(n for n in names if n in EXAMS)
-    if recipe.data.source is None and names is not None and len(of_world or ()) < len(names):
+    if names is not None and len(of_world or ()) < len(names):
         # a world's model may be asked real questions too
         others = tuple(name for name in names if name not in EXAMS)
         if any(_looks_like_exam(name) for name in others):
