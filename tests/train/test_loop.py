@@ -127,9 +127,9 @@ def test_a_loss_that_stays_non_finite_ends_training_and_saves_nothing_unsound():
 def test_a_single_non_finite_loss_is_skipped():
     model, optimizers, loader = fresh()
     hooks = Hooks()
-    healthy = model.loss_sum
-    losses = iter([1.0, float("nan"), 1.0, 1.0, 1.0, 1.0])
-    model.loss_sum = lambda *args: healthy(*args) * next(losses)  # type: ignore[method-assign]
+    healthy = model.add_gradients
+    factors = iter([1.0, float("nan"), 1.0, 1.0, 1.0, 1.0])
+    model.add_gradients = lambda i, t, w: healthy(i, t, w * next(factors))  # type: ignore
     job = Job(model, optimizers, SCHEDULE, hooks, eval_every=3, save_every=2)
     train(job, loader, rows_per_step=2, device_batch_size=2)
     assert [row.get("skipped", 0) for row in hooks.rows] == [0, 1, 0, 0, 0, 0]

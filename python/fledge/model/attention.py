@@ -75,17 +75,26 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None) -> Tensor:
-        batch, tokens, _ = x.shape
-        heads = (batch, tokens, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, K]
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, H_kv, T, K]
+        return self.mix(*self.project(x, cos, sin), view)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, K], keys and values [B, H_kv, T, K] of the normed stream [B, T, D]."""
+        heads = (x.shape[0], x.shape[1], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView | None) -> Tensor:
+        """What attention adds to the stream [B, T, D]; keys and values go through the cache."""
         mask = None
         if view is not None:
             view.cache.write(self.layer, view.rows, view.positions, k, v)
             if not view.fresh:
                 k, v = view.cache.read(self.layer, view.rows, view.length)
                 mask = view.mask()
-        y = attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+        y = self.attend(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(q, k, v, mask)

@@ -22,6 +22,8 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device) for _ in layers]
         self.values = [torch.zeros(shape, device=device) for _ in layers]
+        # smear (arch "speedrun") mixes in the token before; no other network asks for it
+        self.ids = torch.zeros(slots, max_len, dtype=torch.long, device=device)
         self.max_len = max_len
 
     @property
@@ -38,6 +40,16 @@ class KVCache:
         self.keys[layer][where] = k.transpose(1, 2)  # advanced indices move to the front
         self.values[layer][where] = v.transpose(1, 2)
 
+    def previous_ids(self, rows: Tensor | None, positions: Tensor, ids: Tensor) -> Tensor:
+        """Stores ids [b, T] of slots `rows` at `positions`; returns the ids one place before them.
+
+        What stands before position 0 is meaningless.
+        """
+        if rows is None:
+            rows = torch.arange(len(positions), device=positions.device)
+        self.ids[rows[:, None], positions] = ids
+        return self.ids[rows[:, None], (positions - 1).clamp_min(0)]
+
     def read(self, layer: int, rows: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of slots `rows` (None = all, without a copy)."""
         keys, values = self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
@@ -48,8 +60,10 @@ class KVCache:
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
+        self.ids[target, :length] = self.ids[source, :length]
 
     def keep(self, rows: Tensor) -> None:
         """Drops every slot but `rows`; the kept ones are renumbered in that order."""
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
+        self.ids = self.ids[rows]

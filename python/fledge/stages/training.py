@@ -73,6 +73,9 @@ class TrainedStage:
             min(section.warmup_steps, steps // 2),
             section.cooldown_fraction,
             section.final_lr_fraction,
+            base.cooldown_shape,
+            base.decay_schedule,
+            base.momentum_schedule,
         )
         start = self.state["step"]
         self.job = Job(

@@ -94,7 +94,7 @@ def train(job: Job, loader: Loader, *, rows_per_step: int, device_batch_size: in
     bad_steps = 0
     for step in range(job.start, job.schedule.steps):
         began = time.perf_counter()
-        job.optimizers.set_lr(job.schedule.factor(step))
+        job.optimizers.follow(job.schedule, step)
         ids, mask = map(torch.from_numpy, loader.batch(rows_per_step))
         waited = time.perf_counter() - began
         loss, trained = accumulate(model, ids, mask, device_batch_size)
@@ -103,7 +103,7 @@ def train(job: Job, loader: Loader, *, rows_per_step: int, device_batch_size: in
         if learns:
             job.optimizers.step()
         else:
-            model.zero_grad(set_to_none=True)
+            job.optimizers.zero_grad()
         seconds = time.perf_counter() - began
         tokens = ids[:, 1:].numel()
         row: Row = {
@@ -137,11 +137,9 @@ def accumulate(
         return 0.0, 0
     device = model.cos.device
     total = 0.0
+    shares = weights / tokens
     for at in range(0, ids.shape[0], device_batch_size):
         rows = ids[at : at + device_batch_size].to(device)
-        loss = model.loss_sum(
-            rows[:, :-1], rows[:, 1:], weights[at : at + device_batch_size].to(device)
-        )
-        (loss / tokens).backward()
-        total += loss.item()
-    return total / tokens, tokens
+        part = shares[at : at + device_batch_size].to(device)
+        total += model.add_gradients(rows[:, :-1], rows[:, 1:], part)
+    return total, tokens
