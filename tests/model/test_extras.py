@@ -135,6 +135,22 @@ def test_an_extra_equals_its_formula_and_changes_the_logits(name):
     assert not torch.allclose(plain(ids), logits, rtol=1e-3, atol=1e-3)
 
 
+def test_relu_squared_has_the_gradients_of_autograd():
+    layer = extras.ReluSquared(6, 10).double()
+    x = torch.randn(2, 3, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    inputs = (x.requires_grad_(), layer.up_proj.weight, layer.down_proj.weight)
+
+    def plain(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return F.relu(x @ up.T).square() @ down.T
+
+    scale = torch.randn(2, 3, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(layer(x), plain(*inputs))
+    ours = torch.autograd.grad((layer(x) * scale).sum(), inputs)
+    theirs = torch.autograd.grad((plain(*inputs) * scale).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_without_extras_speedrun_is_qwen3():
     model = speedrun()
     qwen3 = Transformer(dataclasses.replace(PLAIN, arch="qwen3"))

@@ -1,7 +1,11 @@
 """Muon's orthogonalisation and step; schedules; optimizer state by name."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from tests.helpers_mini import environment
 from tests.model.test_extras import ALL, speedrun
 from tests.model.test_transformer import CONFIG
 
@@ -185,6 +189,7 @@ def test_what_muon_does_not_train_moves_as_under_torchs_adamw(arch):
                 betas=g.betas,
                 weight_decay=g.weight_decay,
                 eps=1e-10,
+                fused=True,
             )
     assert {kind_of(n, p) for n, p in twins.items()} == {"matrix", *table}
     generator = torch.Generator().manual_seed(0)
@@ -197,7 +202,21 @@ def test_what_muon_does_not_train_moves_as_under_torchs_adamw(arch):
         optimizers.step()
     for name, parameter in model.named_parameters():
         if name in plain:
-            torch.testing.assert_close(parameter, twins[name], rtol=1e-5, atol=1e-6)
+            assert torch.equal(parameter, twins[name]), name
+
+
+def test_the_optimizers_do_not_import_torchs_compiler():
+    program = (
+        "import sys, torch, fledge.optim.groups as g\n"
+        "from fledge.model import ModelConfig, Transformer\n"
+        "m = Transformer(ModelConfig(64, 32, 1, 2, 2, 16, 48, 16), seed=0)\n"
+        "o = g.Optimizers(m, g.LearningRates(0.1, 0.1, 0.1, 0.1, 0.1))\n"
+        "i = torch.arange(8)[None]\n"
+        "m.add_gradients(i, i, torch.ones(1, 8))\n"
+        "o.step()\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment())
 
 
 def test_gradients_are_zero_and_keep_their_memory_after_a_step():

@@ -64,6 +64,28 @@ def make_norm(config: ModelConfig, size: int) -> nn.Module:
     )
 
 
+class _ReluSquaredPass(torch.autograd.Function):
+    """relu(x up^T)^2 down^T, keeping relu(x up^T) alone: the square is made again when needed.
+
+    autograd would keep the layer before relu, after it and squared, a third of a block's memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        inner = F.linear(x, up).relu_()
+        ctx.save_for_backward(x, inner, up, down)
+        return F.linear(inner.square(), down)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        x, inner, up, down = ctx.saved_tensors
+        flat, rows = upstream.flatten(0, -2), inner.flatten(0, -2)
+        grad_down = flat.T @ rows.square()
+        slope = (flat @ down).mul_(rows).mul_(2.0)
+        grad_up = slope.T @ x.flatten(0, -2)
+        return (slope @ up).view_as(x), grad_up, grad_down
+
+
 class ReluSquared(nn.Module):
     """Feed-forward layer down(relu(up(x))^2) (So et al. 2021, Primer, arXiv 2109.08668)."""
 
@@ -73,7 +95,7 @@ class ReluSquared(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        return _ReluSquaredPass.apply(x, self.up_proj.weight, self.down_proj.weight)  # type: ignore
 
 
 class SpeedrunAttention(Attention):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fledge.optim.adamw import AdamW
 from fledge.optim.muon import Muon
 from fledge.optim.schedule import Schedule
 
@@ -103,7 +103,7 @@ class Optimizers:
             weight_decay=rates.weight_decay,
             beta2=rates.row_variance,
         )
-        self.adamw = torch.optim.AdamW(
+        self.adamw = AdamW(
             [
                 {
                     "params": members[kind],
@@ -115,7 +115,6 @@ class Optimizers:
                 if members[kind]
             ],
             eps=1e-10,
-            fused=True,
         )
         self.all = (self.muon, self.adamw)
         for optimizer in self.all:
@@ -143,9 +142,9 @@ class Optimizers:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Gradients to zero. Their memory is kept: the next pass adds to it, without new pages."""
+        """Gradients to zero; their memory is kept."""
         for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every state tensor under "parameter name/state name", whole, on the CPU."""
@@ -165,4 +164,4 @@ class Optimizers:
             parameter = by_name[name]
             state = owner[parameter].state[parameter]
             # a copy: two optimizers must never share a buffer
-            state[key] = tensor.clone().to(parameter.device if tensor.ndim else "cpu")
+            state[key] = tensor.clone().to(parameter.device)

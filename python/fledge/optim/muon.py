@@ -14,6 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fledge.optim.adamw import Optimizer
+
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932), degree-5 odd polynomials, five steps: each
 # row a, b, c maps every singular value s to a s + b s^3 + c s^5 and drives it towards 1.
 POLAR_EXPRESS = (
@@ -54,7 +56,7 @@ def even_out(update: Tensor, average: Tensor, beta2: float) -> Tensor:
     return update * (scale * (before / after.clamp_min(1e-10)).sqrt())
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Nesterov momentum, orthogonalised per matrix, with decoupled weight decay.
 
     The step of a rows x columns matrix is lr * sqrt(max(1, rows / columns)), so that the change of
@@ -66,20 +68,19 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Iterable[Tensor],
         *,
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         beta2: float = 0.0,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
-        super().__init__(params, defaults)
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
+        super().__init__([{"params": list(params)} | settings])
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """One update of every matrix that has a gradient."""
-        assert closure is None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
