@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from fledge.data.loader import Loader
+from fledge.errors import UserError
 from fledge.model import ModelConfig, Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
@@ -90,8 +91,14 @@ class Timing:
     def stop_requested(self) -> bool:
         return False
 
-    def diverged(self, step: int) -> Exception:
-        return RuntimeError(f"diverged at {step}")
+    def restore(self) -> int | None:
+        return None
+
+    def note(self, text: str) -> None:
+        print(text)
+
+    def diverged(self, step: int) -> UserError:
+        return UserError(f"diverged at {step}", "the rates do not fit", "lower them")
 
 
 def shape(depth: int) -> ModelConfig:
@@ -107,7 +114,7 @@ def shape(depth: int) -> ModelConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

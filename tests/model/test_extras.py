@@ -95,7 +95,8 @@ def hand_made(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
         if config.value_embeddings and i in (1, 3):
             gate = 3 * torch.sigmoid(h[:, :12] @ p[f"model.{name}.self_attn.value_gate.weight"].T)
             v = v + gate[:, :, None] * p[f"model.value_embeddings.{i}.weight"][ids].view(v.shape)
-        window = config.sliding_window if config.window_pattern != "L" and i in (0, 1) else count
+        short = config.window_pattern != "L" and i in (0, 1)
+        window = (short and config.sliding_window) or count
         out = torch.zeros(count, config.num_attention_heads, config.head_dim)
         for t in range(count):
             seen = slice(max(0, t - window + 1), t + 1)
@@ -111,7 +112,7 @@ def hand_made(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
             inner = F.silu(h @ p[f"model.{name}.mlp.gate_proj.weight"].T) * up
         x = x + inner @ p[f"model.{name}.mlp.down_proj.weight"].T
         middle = x if i == 2 else middle
-    if config.backout:
+    if config.backout and middle is not None:
         x = x - p["model.backout_scale"] * middle
     head = decoder.embed_tokens.weight if config.tie_word_embeddings else p["lm_head.weight"]
     logits = norm(x, "norm") @ head.T

@@ -248,7 +248,9 @@ def test_speedrun_has_the_sizes_of_nanochat(depth: int) -> None:
 def test_counts_equal_the_parameters_of_the_network() -> None:
     from fledge.model import Transformer
 
-    for extras in ({}, {"relu2": 0, "norm_weights": 1}, {"value_embeddings": 0, "smear": 0}):
+    changes: tuple[dict[str, float], ...]
+    changes = ({}, {"relu2": 0, "norm_weights": 1}, {"value_embeddings": 0, "smear": 0})
+    for extras in changes:
         model = scaling.model_config(3, vocab_size=512, arch="speedrun", extras=extras)
         counts = scaling.count(model)
         assert counts.parameters == sum(p.numel() for p in Transformer(model).parameters())

@@ -74,6 +74,11 @@ class Hooks:
     def stop_requested(self):
         return False
 
+    def restore(self):
+        return None
+
+    def note(self, text): ...
+
     def diverged(self, step):
         return UserError("what", "why", "fix")
 

@@ -228,7 +228,7 @@ class SpeedrunDecoder(nn.Module):
             x = block(x, cos, sin, view, table)
             if i == len(self.layers) // 2:
                 middle = x
-        if self.backout_scale is not None:
+        if self.backout_scale is not None and middle is not None:
             x = x - self.backout_scale * middle
         return self.norm(x)
 

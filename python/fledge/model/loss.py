@@ -47,6 +47,10 @@ class Workspace:
             held = self._held[name] = torch.empty(size, dtype=like.dtype, device=like.device)
         return held[:size].view(shape)
 
+    def drop(self) -> None:
+        """Frees every buffer."""
+        self._held.clear()
+
     def __deepcopy__(self, memo: dict) -> Workspace:
         return Workspace()
 

@@ -73,7 +73,8 @@ class FledgeConfig(PretrainedConfig):
         self.smear = smear
         self.backout = backout
         kwargs["use_cache"] = False
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
 
 
 class Norm(nn.Module):
@@ -121,7 +122,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        if table is not None:
+        if table is not None and self.value_gate is not None:
             gate = 3.0 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))
             v = v + (gate[..., None] * table.view(heads)).transpose(1, 2)
         place = torch.arange(tokens, device=x.device)
@@ -220,7 +221,7 @@ class Decoder(nn.Module):
             x = block(x, cos, sin, real, table)
             if i == len(self.layers) // 2:
                 middle = x
-        if self.backout_scale is not None:
+        if self.backout_scale is not None and middle is not None:
             x = x - self.backout_scale * middle
         return self.norm(x)
 

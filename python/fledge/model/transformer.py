@@ -152,6 +152,11 @@ class Transformer(nn.Module):
             ]
         return torch.stack(rows)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.lm_head.weight.dtype
+
     def new_cache(self, slots: int, max_len: int) -> KVCache:
         """An empty cache on the model's device."""
         return KVCache(self.config, slots, max_len, device=self.cos.device)

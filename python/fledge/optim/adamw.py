@@ -55,8 +55,8 @@ class AdamW(Optimizer):
                 continue
             states = [self.state[p] for p in params]
             steps = [s["step"] for s in states]
-            torch._foreach_add_(steps, 1.0)
-            torch._fused_adamw_(
+            torch._foreach_add_(steps, 1.0)  # pyright: ignore[reportPrivateImportUsage]
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
                 params,
                 [p.grad for p in params],
                 [s["exp_avg"] for s in states],

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fledge.optim.adamw import AdamW
@@ -135,6 +136,11 @@ class Optimizers:
             group["momentum"] = schedule.momentum(step)
             group["weight_decay"] = group["peak_decay"] * schedule.decay_factor(step)
 
+    def gradient_norm(self) -> float:
+        """Euclidean norm of all gradients together; not finite if one of them is not."""
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+
     def step(self) -> None:
         """One update from the gradients, which are then zero."""
         for optimizer in self.all:
@@ -145,6 +151,11 @@ class Optimizers:
         """Gradients to zero; their memory is kept."""
         for optimizer in self.all:
             optimizer.zero_grad()
+
+    def forget(self) -> None:
+        """Drops all state, as before the first step."""
+        for optimizer in self.all:
+            optimizer.state.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every state tensor under "parameter name/state name", whole, on the CPU."""
