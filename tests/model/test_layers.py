@@ -46,3 +46,31 @@ def test_an_embedding_adds_the_same_gradient_in_place():
             (table(ids) * scale).sum().backward()
     assert tables[0].weight.grad is not None and tables[0].weight.grad[[2, 4, 5]].eq(0).all()
     torch.testing.assert_close(tables[1].weight.grad, tables[0].weight.grad)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_norm_has_the_gradients_of_torchs(weighted):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 7, dtype=torch.double, generator=generator, requires_grad=True)
+    weight = torch.randn(7, dtype=torch.double, generator=generator, requires_grad=True)
+    scale = torch.randn(2, 3, 7, dtype=torch.double, generator=generator)
+    inputs = (x, weight) if weighted else (x,)
+    gain = weight if weighted else None
+    ours = layers.rms_norm(x, gain, 1e-3)
+    theirs = torch.nn.functional.rms_norm(x, (7,), gain, 1e-3)
+    torch.testing.assert_close(ours, theirs)
+    pairs = (torch.autograd.grad((y * scale).sum(), inputs) for y in (ours, theirs))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rotation_has_the_gradient_of_its_naive_twin():
+    cos, sin = (t.double() for t in layers.rotary_table(5, 8, 10000.0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.double, generator=generator).transpose(1, 2)
+    x = x.requires_grad_()
+    scale = torch.randn(2, 3, 5, 8, dtype=torch.double, generator=generator)
+    ours, theirs = layers.rotate(x, cos, sin), layers.naive_rotate(x, cos, sin)
+    torch.testing.assert_close(ours, theirs)
+    (a,), (b,) = (torch.autograd.grad((y * scale).sum(), x) for y in (ours, theirs))
+    torch.testing.assert_close(a, b)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fledge.config import ModelConfig
 from fledge.model.attention import Attention, CacheView
-from fledge.model.layers import Embedding, RMSNorm, SwiGLU
+from fledge.model.layers import Embedding, RMSNorm, SwiGLU, rms_norm
 from fledge.model.loss import softcap
 
 VALUE_GATE_CHANNELS = 12
@@ -52,7 +52,7 @@ class PlainNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), None, self.eps)
+        return rms_norm(x, None, self.eps)
 
 
 def make_norm(config: ModelConfig, size: int) -> nn.Module:

@@ -11,6 +11,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether a hand-written backward pass pays: on a GPU torch has fused kernels of its own."""
+    return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+class _NormPass(torch.autograd.Function):
+    """RMS norm with a hand-written backward pass; `F.rms_norm` is its readable twin.
+
+    On a CPU torch makes the norm of six operations, each with a backward pass of its own. With
+    r = 1 / sqrt(mean x^2 + eps) and g = dy w: dx = r g - x r^3 mean(g x), dw = sum dy x r.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # type: ignore[override]
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (length.square() / x.shape[-1] + eps).rsqrt_()  # [..., 1]
+        ctx.save_for_backward(x, weight, inverse)
+        y = x * inverse
+        return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        product = upstream * x
+        grad_weight = None
+        if weight is not None:
+            grad_weight = torch.mv(product.flatten(0, -2).T, inverse.flatten())
+            product.mul_(weight)
+            upstream = upstream * weight
+        along = product.sum(dim=-1, keepdim=True) / x.shape[-1] * inverse**3
+        return (upstream * inverse).addcmul_(x, along, value=-1.0), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) over the last dimension, times the weight if there is one."""
+    if trains_on_cpu(x):
+        return _NormPass.apply(x, weight, eps)  # type: ignore[return-value]
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learnt gain (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
@@ -20,7 +60,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -46,11 +86,40 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, T
     return angle.cos().float(), angle.sin().float()
 
 
+class _RotatePass(torch.autograd.Function):
+    """`naive_rotate` in four passes over memory; backward is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        return _rotated(upstream, *ctx.saved_tensors, -1.0), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    y = torch.empty_like(x)  # keeps the order of x in memory, [B, T, H, K]
+    half = x.shape[-1] // 2
+    (a, b), (first, second) = (x[..., :half], x[..., half:]), (y[..., :half], y[..., half:])
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
+    return y
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the halves of the last dimension of x [B, H, T, K] by the angles [.., T, K/2].
 
     Pairs dimension i with i + K/2, as Hugging Face's Qwen3 and Llama do.
     """
+    if trains_on_cpu(x):
+        return _RotatePass.apply(x, cos, sin)  # type: ignore[return-value]
+    return naive_rotate(x, cos, sin)
+
+
+def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The readable form of `rotate`."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
