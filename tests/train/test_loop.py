@@ -344,8 +344,8 @@ def test_out_of_memory_halves_the_pass_and_changes_nothing_else(error):
     train(small, loader, rows_per_step=8, device_batch_size=8)
     assert [r["loss"] for r in hooks.rows] == [r["loss"] for r in plain.rows]
     assert [n.split(":")[1] for n in hooks.notes] == [
-        " going on with 4 rows per pass, the same numbers",
-        " going on with 2 rows per pass, the same numbers",
+        " going on with 4 rows at a time, the same numbers",
+        " going on with 2 rows at a time, the same numbers",
     ]
     for name, value in job.model.state_dict().items():
         assert torch.equal(value, small.model.state_dict()[name]), name

@@ -209,7 +209,7 @@ def accumulate_within_memory(
                 "choose a smaller model.depth, model.max_seq_len or tokenizer.vocab_size",
             )
         size = (size + 1) // 2
-        job.hooks.note(f"out of memory: going on with {size} rows per pass, the same numbers")
+        job.hooks.note(f"out of memory: going on with {size} rows at a time, the same numbers")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
