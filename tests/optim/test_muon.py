@@ -5,9 +5,6 @@ import sys
 
 import pytest
 import torch
-from tests.helpers_mini import environment
-from tests.model.test_extras import ALL, speedrun
-from tests.model.test_transformer import CONFIG
 
 from fledge.model import Transformer
 from fledge.optim.groups import (
@@ -19,6 +16,9 @@ from fledge.optim.groups import (
 )
 from fledge.optim.muon import Muon, even_out, orthogonalize
 from fledge.optim.schedule import Schedule
+from tests.helpers_mini import environment
+from tests.model.test_extras import ALL, speedrun
+from tests.model.test_transformer import CONFIG
 
 RATES = LearningRates(0.02, 0.1, 0.01, 0.01, 0.1)
 

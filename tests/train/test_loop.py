@@ -5,8 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tests.model.test_extras import ALL, speedrun
-from tests.model.test_transformer import CONFIG, random_model
 
 from fledge.data.loader import Loader
 from fledge.errors import Interrupted, UserError
@@ -16,6 +14,8 @@ from fledge.optim.schedule import Schedule
 from fledge.train import checkpoint
 from fledge.train.loop import Job, accumulate, largest_that_fits, train
 from fledge.train.metrics import Speed
+from tests.model.test_extras import ALL, speedrun
+from tests.model.test_transformer import CONFIG, random_model
 
 RATES = LearningRates(0.01, 0.05, 0.01, 0.01, 0.0)
 SCHEDULE = Schedule(steps=6, warmup_steps=1, cooldown_fraction=0.5, final_lr_fraction=0.1)

