@@ -24,11 +24,13 @@ SCHEDULE = Schedule(20, 2, 0.5, 0.1)
 class Keeping(Hooks):
     """Keeps what a checkpoint would hold at every save."""
 
+    held: dict[str, dict[str, torch.Tensor]]
+
     def save(self, step):
         self.saved.append(step)
         assert self.job is not None
         tensors = {f"weight/{n}": p.detach() for n, p in self.job.model.named_parameters()}
-        self.kept = {"weights": tensors, "state": self.job.optimizers.state_tensors()}
+        self.held = {"weights": tensors, "state": self.job.optimizers.state_tensors()}
 
 
 def go(world: World, steps: int, resume: dict | None, first: int = 0) -> tuple[Keeping, Job]:
@@ -71,7 +73,7 @@ def main() -> None:
     resume = torch.load(sys.argv[4]) if len(sys.argv) > 4 else None
     with joined() as world:
         hooks, _ = go(world, steps, resume, first)
-        result = {**hooks.kept, "losses": [r["loss"] for r in hooks.rows]}
+        result = {**hooks.held, "losses": [r["loss"] for r in hooks.rows]}
         result["norms"] = [r["gradient_norm"] for r in hooks.rows]
         torch.save(result, out / f"rank{world.rank}.pt")
 
