@@ -74,3 +74,9 @@ def test_rotation_has_the_gradient_of_its_naive_twin():
     torch.testing.assert_close(ours, theirs)
     (a,), (b,) = (torch.autograd.grad((y * scale).sum(), x) for y in (ours, theirs))
     torch.testing.assert_close(a, b)
+
+
+def test_a_norm_that_overflows_is_not_a_quiet_zero():
+    """Weights that exploded must show in the loss, or the trainer would go on with nothing."""
+    x = torch.full((1, 4), 1e30, requires_grad=True)
+    assert layers.rms_norm(x, None, 1e-6).isnan().all()

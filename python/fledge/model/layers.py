@@ -27,6 +27,7 @@ class _NormPass(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # type: ignore[override]
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = (length.square() / x.shape[-1] + eps).rsqrt_()  # [..., 1]
+        inverse += length - length  # inf - inf: a length that overflowed is NaN, not a quiet 0
         ctx.save_for_backward(x, weight, inverse)
         y = x * inverse
         return y if weight is None else y.mul_(weight)
