@@ -35,7 +35,11 @@ def execution(default: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of one Transformer, in Hugging Face names (Qwen3 when arch is "qwen3")."""
+    """The shape of one Transformer, in Hugging Face names (Qwen3 when arch is "qwen3").
+
+    The fields below `arch` belong to arch "speedrun" alone; `fledge.model.extras` has the formulas,
+    and with all of them as they stand here the network is Qwen3.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -49,10 +53,33 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     arch: str = "qwen3"
+    hidden_act: str = "silu"
+    """silu: the gated layer of Qwen3; relu2: down(relu(up(x))^2)."""
+    norm_weights: bool = True
+    embedding_norm: bool = False
+    qk_scale: float = 1.0
+    final_logit_softcapping: float | None = None
+    window_pattern: str = "L"
+    """One letter per layer, repeated: S looks back `sliding_window` tokens, L at all of them."""
+    sliding_window: int | None = None
+    value_embeddings: bool = False
+    residual_scalars: bool = False
+    embedding_scalars: bool = False
+    smear: bool = False
+    backout: bool = False
 
     def __post_init__(self) -> None:
         assert self.num_attention_heads % self.num_key_value_heads == 0, self
         assert self.head_dim % 2 == 0, self
+        assert self.hidden_act in ("silu", "relu2"), self
+        assert self.sliding_window is not None or "S" not in self.window_pattern, self
+
+    def extras(self) -> dict[str, Any]:
+        """The extras of arch "speedrun" that differ from Qwen3: field name -> value."""
+        names = [f.name for f in fields(self)]
+        own = names[names.index("arch") + 1 :]
+        standard = {f.name: f.default for f in fields(self)}
+        return {n: getattr(self, n) for n in own if getattr(self, n) != standard[n]}
 
 
 @dataclass(frozen=True)
@@ -61,8 +88,9 @@ class ModelSection:
 
     depth: int = 4
     """Number of Transformer layers; the one dial from which every other size follows."""
-    arch: Literal["qwen3"] = "qwen3"
-    """Architecture. qwen3 is exactly Qwen3 and loads in transformers, vLLM and llama.cpp."""
+    arch: Literal["qwen3", "speedrun"] = "qwen3"
+    """Architecture. qwen3 is exactly Qwen3 and loads in transformers, vLLM and llama.cpp; speedrun
+    adds what makes a small model learn fastest and brings its own code for transformers."""
     max_seq_len: int | None = None
     """Training context in tokens, exported as max_position_embeddings."""
     hidden_size: int | None = None
@@ -77,6 +105,10 @@ class ModelSection:
     """Share the embedding matrix with the output head."""
     rope_theta: float | None = None
     """Base of the rotary position frequencies."""
+    extras: dict[str, float] | None = None
+    """Extras of arch speedrun that differ from its standard, as in { smear = 0, qk_scale = 1 }."""
+    window_pattern: str | None = None
+    """Arch speedrun: a letter per layer, repeated; S looks back sliding_window tokens, L at all."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +167,14 @@ class BaseSection:
     """Learning rate of AdamW for the norm weights."""
     weight_decay: float | None = None
     """Weight decay of the matrices (decoupled, multiplied by the learning rate)."""
+    row_variance: float | None = None
+    """How slowly Muon's running mean square of each row forgets (NorMuon); 0 turns it off."""
+    cooldown_shape: Literal["linear", "sqrt"] | None = None
+    """How the learning rate falls at the end: linear, or as 1 - sqrt."""
+    decay_schedule: Literal["constant", "cosine"] | None = None
+    """Weight decay over the steps: constant, or a cosine down to 0."""
+    momentum_schedule: Literal["constant", "warm"] | None = None
+    """Muon's momentum: 0.95, or 0.85 rising to 0.97 in 400 steps and falling to 0.90 at the end."""
     warmup_steps: int | None = None
     """Steps of linear warm-up."""
     cooldown_fraction: float | None = None
@@ -356,7 +396,7 @@ _IN_WORDS: dict[Any, str] = {
 def _coerce(value: Any, hint: Any) -> Any:
     """`value` as the annotated type; TypeError (with the type in words) if it does not fit."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter of Literal[...] | None
         return None if value is None else _coerce(value, inner[0])  # always "X | None"
     if hint is float and type(value) is int:
         return float(value)

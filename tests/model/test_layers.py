@@ -6,24 +6,6 @@ import torch
 from fledge.model import attention, layers
 
 
-@pytest.mark.parametrize("masked_rows", [0, 9, 23])
-def test_linear_cross_entropy_equals_its_naive_twin(monkeypatch, masked_rows):
-    monkeypatch.setattr(layers, "LOSS_CHUNK_ROWS", 7)  # several chunks, the last one short
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(23, 16, generator=generator, requires_grad=True)
-    head = torch.randn(50, 16, generator=generator, requires_grad=True)
-    targets = torch.randint(0, 50, (23,), generator=generator)
-    weights = torch.rand(23, generator=generator) - 0.3  # negative weights: RL's advantages
-    weights[torch.randperm(23, generator=generator)[:masked_rows]] = 0.0
-    fast = layers.linear_cross_entropy(x, head, targets, weights) * 1.7
-    fast_grads = torch.autograd.grad(fast, (x, head))
-    naive = layers.naive_linear_cross_entropy(x, head, targets, weights) * 1.7
-    naive_grads = torch.autograd.grad(naive, (x, head))
-    torch.testing.assert_close(fast, naive, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(fast_grads, naive_grads, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attend_equals_its_naive_twin(kv_heads, masked):
@@ -51,3 +33,50 @@ def test_rotation_keeps_length_and_depends_on_distance_only():
     assert score(3, 1) == pytest.approx(score(20, 18), abs=1e-5)
     turned = layers.rotate(q, cos[7:8], sin[7:8])
     assert float(turned.norm()) == pytest.approx(float(q.norm()), abs=1e-5)
+
+
+def test_an_embedding_adds_the_same_gradient_in_place():
+    ids = torch.tensor([[3, 1, 3], [0, 3, 1]])
+    scale = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2))
+    tables = [layers.Embedding(6, 4) for _ in range(2)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    tables[1].weight.grad = torch.zeros(6, 4)
+    for _ in range(2):  # accumulates
+        for table in tables:
+            (table(ids) * scale).sum().backward()
+    assert tables[0].weight.grad is not None and tables[0].weight.grad[[2, 4, 5]].eq(0).all()
+    torch.testing.assert_close(tables[1].weight.grad, tables[0].weight.grad)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_norm_has_the_gradients_of_torchs(weighted):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 7, dtype=torch.double, generator=generator, requires_grad=True)
+    weight = torch.randn(7, dtype=torch.double, generator=generator, requires_grad=True)
+    scale = torch.randn(2, 3, 7, dtype=torch.double, generator=generator)
+    inputs = (x, weight) if weighted else (x,)
+    gain = weight if weighted else None
+    ours = layers.rms_norm(x, gain, 1e-3)
+    theirs = torch.nn.functional.rms_norm(x, (7,), gain, 1e-3)
+    torch.testing.assert_close(ours, theirs)
+    pairs = (torch.autograd.grad((y * scale).sum(), inputs) for y in (ours, theirs))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rotation_has_the_gradient_of_its_naive_twin():
+    cos, sin = (t.double() for t in layers.rotary_table(5, 8, 10000.0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.double, generator=generator).transpose(1, 2)
+    x = x.requires_grad_()
+    scale = torch.randn(2, 3, 5, 8, dtype=torch.double, generator=generator)
+    ours, theirs = layers.rotate(x, cos, sin), layers.naive_rotate(x, cos, sin)
+    torch.testing.assert_close(ours, theirs)
+    (a,), (b,) = (torch.autograd.grad((y * scale).sum(), x) for y in (ours, theirs))
+    torch.testing.assert_close(a, b)
+
+
+def test_a_norm_that_overflows_is_not_a_quiet_zero():
+    """Weights that exploded must show in the loss, or the trainer would go on with nothing."""
+    x = torch.full((1, 4), 1e30, requires_grad=True)
+    assert layers.rms_norm(x, None, 1e-6).isnan().all()

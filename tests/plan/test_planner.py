@@ -45,7 +45,7 @@ def test_every_key_gets_a_value_and_a_rule(depth: int, world: bool, machine: str
     absent = {key for key, value in plan.values.items() if value is None}
     assert absent <= {
         *("data.source", "data.root", "data.max_bytes", "base.law", "mid.mixture", "sft.mixture"),
-        *("evaluate.tasks", "evaluate.max_examples"),
+        *("evaluate.tasks", "evaluate.max_examples", "model.extras", "model.window_pattern"),
     }
     for stage in ("base", "mid", "sft"):
         rows, rest = divmod(
@@ -221,3 +221,63 @@ def test_gpus_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.detect().device_count == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert hardware.detect().device != "cuda"
+
+
+# depth: parameters, blocks + head, FLOPs per token with full attention counted twice as nanochat
+# does (reference: nanochat 92d63d4; vocabulary 32,768, T 2,048)
+NANOCHAT = {
+    4: (36_700_242, 11_534_384),
+    6: (73_531_538, 23_199_852),
+    8: (125_829_354, 41_943_232),
+    12: (286_261_730, 110_100_912),
+    20: (896_533_746, 435_160_240),
+    26: (1_681_786_938, 918_423_532),
+}
+
+
+@pytest.mark.parametrize("depth", NANOCHAT)
+def test_speedrun_has_the_sizes_of_nanochat(depth: int) -> None:
+    model = scaling.model_config(
+        depth, vocab_size=32768, arch="speedrun", max_seq_len=2048, head_dim=128
+    )
+    counts = scaling.count(model)
+    assert (counts.parameters, counts.scaling_parameters) == NANOCHAT[depth]
+    assert model.sliding_window == 512 and model.intermediate_size == 4 * model.hidden_size
+
+
+def test_counts_equal_the_parameters_of_the_network() -> None:
+    from fledge.model import Transformer
+
+    changes: tuple[dict[str, float], ...]
+    changes = ({}, {"relu2": 0, "norm_weights": 1}, {"value_embeddings": 0, "smear": 0})
+    for extras in changes:
+        model = scaling.model_config(3, vocab_size=512, arch="speedrun", extras=extras)
+        counts = scaling.count(model)
+        assert counts.parameters == sum(p.numel() for p in Transformer(model).parameters())
+
+
+def test_windows_save_attention() -> None:
+    sizes = {"vocab_size": 1024, "arch": "speedrun", "max_seq_len": 2048}
+    short = scaling.model_config(8, **sizes)
+    full = scaling.model_config(8, **sizes, window_pattern="L")
+    # layers 0-2 and 4-6 meet 512 x (1 - 1/8) keys instead of 1,024 on average
+    assert scaling.attended(full, 2048) == 8 * 1024
+    assert scaling.attended(short, 2048) == 2 * 1024 + 6 * 512 * (1 - 512 / 4096)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        (ModelSection(extras={"smear": 1.0}), "model.arch = 'qwen3'"),
+        (ModelSection(window_pattern="SL"), "model.arch = 'qwen3'"),
+        (ModelSection(arch="speedrun", extras={"smaer": 1.0}), "'smaer'"),
+        (ModelSection(arch="speedrun", extras={"qk_scale": -1.0}), "qk_scale"),
+        (ModelSection(arch="speedrun", extras={"qk_scale": float("nan")}), "qk_scale"),
+        (ModelSection(arch="speedrun", extras={"sliding_window": 0.0}), "sliding_window"),
+        (ModelSection(arch="speedrun", window_pattern="SXL"), "window_pattern"),
+        (ModelSection(arch="speedrun", window_pattern=""), "window_pattern"),
+    ],
+)
+def test_impossible_extras_are_refused(section: ModelSection, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        resolve(Recipe(model=section), HERE)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.helpers_model import tiny_model, tiny_tokenizer
 
 from fledge.engine import Completion, Engine
 from fledge.engine.tools import Tools
@@ -11,6 +10,7 @@ from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
 from fledge.train import rl
 from fledge.train.loop import Job
+from tests.helpers_model import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -73,6 +73,11 @@ class Hooks:
 
     def stop_requested(self):
         return False
+
+    def restore(self):
+        return None
+
+    def note(self, text): ...
 
     def diverged(self, step):
         return UserError("what", "why", "fix")

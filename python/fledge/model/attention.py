@@ -39,6 +39,9 @@ def naive_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 class Attention(nn.Module):
     """Multi-head attention of one layer (parameter names of Hugging Face's Qwen3)."""
 
+    window: int | None = None  # how far back a query sees; None: to the beginning
+    scale: float | None = None  # of the scores; None: 1 / sqrt(K)
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -53,14 +56,23 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None) -> Tensor:
-        batch, tokens, _ = x.shape
-        heads = (batch, tokens, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, K]
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, H_kv, T, K]
+        return self.mix(*self.project(x, cos, sin), view)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, K], keys and values [B, H_kv, T, K] of the normed stream [B, T, D]."""
+        heads = (x.shape[0], x.shape[1], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView | None) -> Tensor:
+        """What attention adds to the stream [B, T, D]; keys and values go through the cache."""
         if view is None:
-            y = attend(q, k, v, None).transpose(1, 2)
+            y = self.attend(q, k, v).transpose(1, 2)
         else:
-            y = view.attend(self.layer, q, k, v)  # [B, T, H, K]
-        return self.o_proj(y.reshape(batch, tokens, -1))
+            y = view.attend(self.layer, q, k, v, window=self.window, scale=self.scale)
+        return self.o_proj(y.flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, None)

@@ -1,13 +1,16 @@
 """A model as a Hugging Face folder: config.json, generation_config.json, model.safetensors.
 
 Used by `Transformer.save` and `.load`. A folder written here loads in transformers as
-Qwen3ForCausalLM with no custom code; fp32 masters are kept as they are. Tokenizer files are
-`tokenizer.files`' business; training state is `train.checkpoint`'s.
+Qwen3ForCausalLM with no custom code; one of arch "speedrun" brings `modeling_fledge.py` and loads
+with trust_remote_code. fp32 masters are kept as they are. Tokenizer files are `tokenizer.files`'
+business; training state is `train.checkpoint`'s.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,32 @@ _SHAPE_KEYS = (
 )
 
 
+_MODELING = Path(__file__).with_name("modeling_fledge.py")
+_OWN_KEYS = tuple(
+    f.name
+    for f in dataclasses.fields(ModelConfig)
+    if f.name not in (*_SHAPE_KEYS, "rope_theta", "arch")
+)
+
+
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of Qwen3; rope is written in both the old and the transformers-5 form."""
+    """config.json; rope is written in both the old and the transformers-5 form."""
     shape = {key: getattr(config, key) for key in _SHAPE_KEYS}
+    if config.arch == "speedrun":
+        module = _MODELING.stem
+        return {
+            "architectures": ["FledgeForCausalLM"],
+            "model_type": "fledge",
+            "auto_map": {
+                "AutoConfig": f"{module}.FledgeConfig",
+                "AutoModelForCausalLM": f"{module}.FledgeForCausalLM",
+            },
+            **shape,
+            **{key: getattr(config, key) for key in _OWN_KEYS},
+            "rope_theta": config.rope_theta,
+            "use_cache": False,
+            "dtype": "float32",
+        }
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -53,18 +79,21 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def config_from_hf(table: dict[str, Any], *, where: str) -> ModelConfig:
     """The ModelConfig of a config.json; UserError for another architecture or a missing key."""
-    if table.get("model_type") != "qwen3":
+    kind = table.get("model_type")
+    if kind not in ("qwen3", "fledge"):
         raise UserError(
-            f"{where} describes a {table.get('model_type')!r} model",
-            "fledge runs models of the qwen3 shape",
+            f"{where} describes a {kind!r} model",
+            "fledge runs models of the qwen3 shape and its own",
             "give a folder that fledge wrote, or a Qwen3 checkpoint",
         )
     rope = table.get("rope_parameters") or {}
     try:
         shape = {key: table[key] for key in _SHAPE_KEYS}
+        if kind == "fledge":
+            shape |= {"arch": "speedrun"} | {key: table[key] for key in _OWN_KEYS}
         theta = float(rope.get("rope_theta", table.get("rope_theta", 10000.0)))
         return ModelConfig(**shape, rope_theta=theta)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(
             f"{where} is not a complete model configuration",
             f"{type(error).__name__}: {error}",
@@ -75,13 +104,15 @@ def config_from_hf(table: dict[str, Any], *, where: str) -> ModelConfig:
 def save_model(
     model: Transformer, folder: Path, *, token_ids: dict[str, int] | None = None
 ) -> None:
-    """Writes the three files; `token_ids` adds bos_token_id, eos_token_id and pad_token_id."""
+    """Writes the files; `token_ids` adds bos_token_id, eos_token_id and pad_token_id."""
     config = config_to_hf(model.config) | (token_ids or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = {"do_sample": False, **(token_ids or {})}
     (folder / "generation_config.json").write_text(
         json.dumps(generation, indent=2) + "\n", encoding="utf-8"
     )
+    if model.config.arch == "speedrun":
+        shutil.copyfile(_MODELING, folder / _MODELING.name)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

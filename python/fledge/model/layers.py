@@ -1,7 +1,7 @@
-"""The position-wise parts of a block: RMSNorm, rotary positions, SwiGLU, and the chunked loss.
+"""The position-wise parts of a block: RMSNorm, rotary positions, SwiGLU.
 
-Used by `model.transformer` and `model.attention`. Shapes: B batch, T tokens, D hidden, H heads,
-K head_dim, V vocab, N = B*T rows. Nothing here keeps state between calls.
+Used by `model.transformer`, `model.attention` and `model.extras`. Shapes: B batch, T tokens,
+D hidden, H heads, K head_dim. Nothing here keeps state between calls.
 """
 
 from __future__ import annotations
@@ -10,7 +10,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOSS_CHUNK_ROWS = 1024  # rows of logits alive at once: 1024 x 4096 x 4 bytes = 16 MiB
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether a hand-written backward pass pays: on a GPU torch has fused kernels of its own."""
+    return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+class _NormPass(torch.autograd.Function):
+    """RMS norm with a hand-written backward pass; `F.rms_norm` is its readable twin.
+
+    On a CPU torch makes the norm of six operations, each with a backward pass of its own. With
+    r = 1 / sqrt(mean x^2 + eps) and g = dy w: dx = r g - x r^3 mean(g x), dw = sum dy x r.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # type: ignore[override]
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (length.square() / x.shape[-1] + eps).rsqrt_()  # [..., 1]
+        inverse += length - length  # inf - inf: a length that overflowed is NaN, not a quiet 0
+        ctx.save_for_backward(x, weight, inverse)
+        y = x * inverse
+        return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        product = upstream * x
+        grad_weight = None
+        if weight is not None:
+            grad_weight = torch.mv(product.flatten(0, -2).T, inverse.flatten())
+            product.mul_(weight)
+            upstream = upstream * weight
+        along = product.sum(dim=-1, keepdim=True) / x.shape[-1] * inverse**3
+        return (upstream * inverse).addcmul_(x, along, value=-1.0), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) over the last dimension, times the weight if there is one."""
+    if trains_on_cpu(x):
+        return _NormPass.apply(x, weight, eps)  # type: ignore[return-value]
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +61,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -48,71 +87,69 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, T
     return angle.cos().float(), angle.sin().float()
 
 
+class _RotatePass(torch.autograd.Function):
+    """`naive_rotate` in four passes over memory; backward is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _rotated(upstream, cos, sin, -1.0), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    y = torch.empty_like(x)  # keeps the order of x in memory, [B, T, H, K]
+    half = x.shape[-1] // 2
+    (a, b), (first, second) = (x[..., :half], x[..., half:]), (y[..., :half], y[..., half:])
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
+    return y
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the halves of the last dimension of x [B, H, T, K] by the angles [.., T, K/2].
 
     Pairs dimension i with i + K/2, as Hugging Face's Qwen3 and Llama do.
     """
+    if trains_on_cpu(x):
+        return _RotatePass.apply(x, cos, sin)  # type: ignore[return-value]
+    return naive_rotate(x, cos, sin)
+
+
+def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The readable form of `rotate`."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_n weight_n * -log softmax(x_n W^T)[target_n], gradients made in the forward pass.
+class _AddRows(torch.autograd.Function):
+    """An embedding whose gradient goes straight into `weight.grad`: only rows that were looked up.
 
-    Never holds more than LOSS_CHUNK_ROWS rows of logits: at a small depth the logits are by far
-    the largest tensor of a step, and touching them once is the cheapest way to get both results.
-    Rows of weight 0 (most of a batch of chats) never meet the head.
+    torch makes a zeroed table, fills those rows and adds the whole table to the gradient: 17 ms for
+    32,768 x 256, against 0.2 ms for the rows of 2,048 tokens (one Zen 5 core, docs/log.md).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
-        need_x, need_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        total = torch.zeros((), dtype=torch.float64, device=x.device)
-        all_rows, kept = x, weights.nonzero().squeeze(1)
-        if len(kept) < len(x):
-            x, targets, weights = x[kept], targets[kept], weights[kept]
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_head = torch.zeros_like(head) if need_head else None
-        for start in range(0, x.shape[0], LOSS_CHUNK_ROWS):
-            rows = slice(start, start + LOSS_CHUNK_ROWS)
-            logits = (x[rows] @ head.T).float()  # [rows, V]
-            target, weight = targets[rows, None], weights[rows, None]
-            log_norm = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((log_norm - logits.gather(1, target)) * weight).sum(dtype=torch.float64)
-            if grad_x is not None or grad_head is not None:
-                grad = logits.sub_(log_norm).exp_()
-                grad.scatter_add_(1, target, torch.full_like(weight, -1.0)).mul_(weight)
-                grad = grad.to(x.dtype)
-                if grad_x is not None:
-                    torch.mm(grad, head, out=grad_x[rows])
-                if grad_head is not None:
-                    grad_head.addmm_(grad.T, x[rows])
-        if grad_x is not None and len(kept) < len(all_rows):
-            grad_x = torch.zeros_like(all_rows).index_copy_(0, kept, grad_x)
-        ctx.save_for_backward(grad_x, grad_head)
-        return total.float()
+    def forward(ctx, weight: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.weight = weight
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
-        grad_x, grad_head = ctx.saved_tensors
-        return (
-            None if grad_x is None else grad_x * upstream,
-            None if grad_head is None else grad_head * upstream,
-            None,
-            None,
-        )
+        (ids,) = ctx.saved_tensors
+        ctx.weight.grad.index_add_(0, ids.flatten(), upstream.flatten(0, -2))
+        return None, None
 
 
-def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of cross-entropies in nats, logits never held whole.
+class Embedding(nn.Embedding):
+    """A table of vectors. Where `weight.grad` exists, a backward pass adds to its rows in place."""
 
-    x [N, D], head [V, D], targets [N] token ids, weights [N] (0 = not trained on).
-    """
-    return _LinearCrossEntropy.apply(x, head, targets, weights)  # type: ignore[return-value]
-
-
-def naive_linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The readable twin of `linear_cross_entropy`; tests hold the two equal."""
-    losses = F.cross_entropy((x @ head.T).float(), targets, reduction="none")
-    return (losses * weights).sum()
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        if torch.is_grad_enabled() and self.weight.grad is not None:
+            return _AddRows.apply(self.weight, ids)  # type: ignore[return-value]
+        return F.embedding(ids, self.weight)

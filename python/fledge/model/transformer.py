@@ -1,5 +1,7 @@
 """The Transformer: embedding, blocks, final norm, head. Exactly Qwen3 when arch is "qwen3".
 
+The decoder and the head of arch "speedrun" stand in `model.extras`.
+
 Used by `train` (loss), `engine` (hidden states with a cache, logits of the last position) and
 `evals` through the engine. Parameter names are Hugging Face's, so `state_dict()` is the checkpoint.
 Never knows about tokens' text, files of a run, or optimizers.
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 
 from fledge.config import ModelConfig
 from fledge.model.attention import Attention
+from fledge.model.extras import CappedHead, SpeedrunDecoder, initialize_speedrun
 from fledge.model.kv_cache import AttentionView, KVCache
-from fledge.model.layers import RMSNorm, SwiGLU, linear_cross_entropy, rotary_table
+from fledge.model.layers import Embedding, RMSNorm, SwiGLU, rotary_table
+from fledge.model.loss import Workspace, add_loss_gradients, linear_cross_entropy
 
 
 class Block(nn.Module):
@@ -38,9 +42,16 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None) -> Tensor:
+        """Normed states [B, T, D] of token ids [B, T]."""
+        x = self.embed_tokens(ids)
+        for block in self.layers:
+            x = block(x, cos, sin, view)
+        return self.norm(x)
 
 
 class Transformer(nn.Module):
@@ -53,11 +64,16 @@ class Transformer(nn.Module):
         """`seed` None leaves the weights as torch made them (they are about to be loaded)."""
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.arch == "speedrun":
+            self.model: Decoder | SpeedrunDecoder = SpeedrunDecoder(config)
+            self.lm_head: nn.Linear = CappedHead(config)
+        else:
+            self.model = Decoder(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         cos, sin = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.workspace = Workspace()
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         if seed is not None:
@@ -72,6 +88,8 @@ class Transformer(nn.Module):
         loss is exactly log(vocab_size) (nanochat, gpt.py, 92d63d4).
         """
         generator = torch.Generator().manual_seed(seed)
+        if self.config.arch == "speedrun":
+            return initialize_speedrun(self, self.config, generator)
         bound = (3.0 / self.config.hidden_size) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -91,10 +109,7 @@ class Transformer(nn.Module):
         else:
             cos, sin = self.cos[view.positions, None], self.sin[view.positions, None]
             cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)  # [B, 1, T, K/2]
-        x = self.model.embed_tokens(ids)
-        for block in self.model.layers:
-            x = block(x, cos, sin, view)
-        return self.model.norm(x)
+        return self.model(ids, cos, sin, view)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]."""
@@ -103,7 +118,29 @@ class Transformer(nn.Module):
     def loss_sum(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Summed weighted cross-entropy in nats: ids, targets and weights are [B, T]."""
         x = self.hidden(ids).flatten(0, 1)
-        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), weights.flatten())
+        return linear_cross_entropy(
+            x,
+            self.lm_head.weight,
+            targets.flatten(),
+            weights.flatten(),
+            cap=self.config.final_logit_softcapping,
+            workspace=self.workspace,
+        )
+
+    def add_gradients(self, ids: Tensor, targets: Tensor, weights: Tensor) -> float:
+        """The same sum, its gradients added to every parameter's `grad`: a training step's pass."""
+        for parameter in self.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        total = add_loss_gradients(
+            self.hidden(ids).flatten(0, 1),
+            self.lm_head.weight,
+            targets.flatten(),
+            weights.flatten(),
+            cap=self.config.final_logit_softcapping,
+            workspace=self.workspace,
+        )
+        return total.item()
 
     def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of every target in nats, [B, T], no gradient (validation, scoring)."""
@@ -114,6 +151,11 @@ class Transformer(nn.Module):
                 for h, t in zip(hidden, targets, strict=True)
             ]
         return torch.stack(rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.lm_head.weight.dtype
 
     def new_cache(self, slots: int, max_len: int) -> KVCache:
         """An empty cache on the model's device."""

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fledge.optim.adamw import Optimizer
+
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932), degree-5 odd polynomials, five steps: each
 # row a, b, c maps every singular value s to a s + b s^3 + c s^5 and drives it towards 1.
 POLAR_EXPRESS = (
@@ -38,28 +40,47 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+def even_out(update: Tensor, average: Tensor, beta2: float) -> Tensor:
+    """NorMuon (Li et al. 2025, arXiv 2510.05491): every row, or column, moves equally fast in time.
+
+    update [..., rows, columns]; `average` holds the running mean square of each row (each column of
+    a wide matrix), [..., rows, 1] or [..., 1, columns], and is brought up to date. Each is divided
+    by the root of its average; the norm of the whole matrix stays what it was.
+    """
+    across = -1 if update.shape[-2] >= update.shape[-1] else -2
+    mean_square = update.square().mean(dim=across, keepdim=True)
+    average.lerp_(mean_square, 1.0 - beta2)
+    scale = average.clamp_min(1e-10).rsqrt()
+    before = mean_square.sum(dim=(-2, -1), keepdim=True)
+    after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
+    return update * (scale * (before / after.clamp_min(1e-10)).sqrt())
+
+
+class Muon(Optimizer):
     """Nesterov momentum, orthogonalised per matrix, with decoupled weight decay.
 
     The step of a rows x columns matrix is lr * sqrt(max(1, rows / columns)), so that the change of
     the layer's output has the same size for every shape (Bernstein and Newhouse 2024). Weight
     decay is cautious: it acts only where it agrees with the update's direction (arXiv 2411.16085).
+    A parameter of three dimensions [E, rows, columns] is E matrices (experts). `beta2` above 0
+    turns `even_out` on.
     """
 
     def __init__(
         self,
-        params: Iterable,
+        params: Iterable[Tensor],
         *,
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        beta2: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
+        super().__init__([{"params": list(params)} | settings])
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """One update of every matrix that has a gradient."""
-        assert closure is None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -69,7 +90,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_one_shape(parameters, shape, group)
 
     def _step_one_shape(self, parameters: list[Tensor], shape: torch.Size, group: dict) -> None:
-        momentum = group["momentum"]
+        momentum, beta2 = group["momentum"], group["beta2"]
         updates = []
         for parameter in parameters:
             assert parameter.grad is not None
@@ -80,8 +101,20 @@ class Muon(torch.optim.Optimizer):
             updates.append(parameter.grad.lerp(buffer, momentum))
         scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
         for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+            if beta2:
+                update = even_out(update, self._average(parameter, update), beta2)
             if group["weight_decay"]:
                 agrees = (update * parameter) > 0
                 shrink = group["lr"] * group["weight_decay"]
                 parameter.sub_(parameter * agrees, alpha=shrink)
             parameter.sub_(update, alpha=scale)
+
+    def _average(self, parameter: Tensor, update: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "row_variance" not in state:
+            across = -1 if update.shape[-2] >= update.shape[-1] else -2
+            # starts at what an orthogonal matrix has, so that the first steps are plain Muon's
+            state["row_variance"] = torch.full_like(
+                update.mean(dim=across, keepdim=True), 1.0 / max(update.shape[-2:])
+            )
+        return state["row_variance"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from fledge.config import ModelConfig
 
@@ -52,6 +53,8 @@ class Defaults:
     """AdamW for a table that is only looked up, at width 768 (nanochat)."""
     head_lr: float = 0.004
     """AdamW for an untied head (nanochat's unembedding)."""
+    speedrun_head_lr: float = 0.008
+    """The same with a softcap (nanochat 2026)."""
     tied_embed_lr: float = 0.01
     """AdamW for a table that is also the head."""
     norm_lr: float = 0.005
@@ -62,6 +65,10 @@ class Defaults:
     """Tuned below depth 8 on the almanac, width 128 to 256, 0.5 to 3.4M tokens (docs/log.md)."""
     weight_decay: float = 0.1
     small_weight_decay: float = 0.0
+    speedrun_small_norm_lr: float = 0.001
+    """The scalars too, in nanochat's proportion (optim.groups): 0.005 is its rate for 2^19 tokens
+    a step, whose square-root rule gives 0.0009 for 16,384."""
+    speedrun_row_variance: float = 0.9
 
     # schedules
     most_warmup_steps: int = 40
@@ -94,9 +101,12 @@ class Defaults:
     memory_share: float = 0.6
     cpu_tokens_per_pass: int = 8192
 
-    def rates(self, model: ModelConfig) -> dict[str, tuple[float, str]]:
-        """Peak learning rates and weight decay of a network: key of [base] -> (value, rule)."""
-        small = model.num_hidden_layers < 8
+    def rates(self, model: ModelConfig) -> dict[str, tuple[Any, str]]:
+        """Peak rates, decay and schedules of a network: key of [base] -> (value, rule)."""
+        return self._peaks(model) | self._shapes(model)
+
+    def _peaks(self, model: ModelConfig) -> dict[str, tuple[float, str]]:
+        small, speedrun = model.num_hidden_layers < 8, model.arch == "speedrun"
         decay = (
             (self.small_weight_decay, "none below depth 8: a short run has nothing to forget")
             if small
@@ -104,11 +114,14 @@ class Defaults:
         )
         if small and not model.tie_word_embeddings:
             rule = "tuned for small depths on the almanac (docs/log.md)"
+            norm = self.small_norm_lr, rule
+            if speedrun:
+                norm = self.speedrun_small_norm_lr, "nanochat's 0.005 for a small batch"
             return {
                 "matrix_lr": (self.small_matrix_lr, rule),
                 "embed_lr": (self.small_embed_lr, rule),
                 "head_lr": (self.small_head_lr, rule),
-                "norm_lr": (self.small_norm_lr, rule),
+                "norm_lr": norm,
                 "weight_decay": decay,
             }
         if model.tie_word_embeddings:
@@ -116,15 +129,26 @@ class Defaults:
         else:
             embed = self.untied_embed_lr * math.sqrt(768 / model.hidden_size)
             rule = f"{self.untied_embed_lr:g} x (hidden_size / 768)^-0.5, as nanochat"
+        head = self.speedrun_head_lr if speedrun else self.head_lr
         return {
             "matrix_lr": (self.matrix_lr, f"{self.matrix_lr:g}, Muon's usual rate at every width"),
             "embed_lr": (embed, rule),
             "head_lr": (
-                self.head_lr * math.sqrt(768 / model.hidden_size),
-                f"{self.head_lr:g} x (hidden_size / 768)^-0.5, as nanochat (untied only)",
+                head * math.sqrt(768 / model.hidden_size),
+                f"{head:g} x (hidden_size / 768)^-0.5, as nanochat (untied only)",
             ),
             "norm_lr": (self.norm_lr, f"{self.norm_lr:g} at every width"),
             "weight_decay": decay,
+        }
+
+    def _shapes(self, model: ModelConfig) -> dict[str, tuple[Any, str]]:
+        speedrun = model.arch == "speedrun"
+        variance = self.speedrun_row_variance if speedrun else 0.0
+        return {
+            "row_variance": (variance, "0 is plain Muon; 0.9 with arch speedrun, as nanochat 2026"),
+            "cooldown_shape": ("linear", "as nanochat"),
+            "decay_schedule": ("constant", "house default"),
+            "momentum_schedule": ("constant", "0.95 throughout"),
         }
 
 

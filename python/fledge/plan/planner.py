@@ -9,11 +9,12 @@ no data and trains nothing.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from fledge.config import KEYS, ModelConfig, Recipe, flat, recipe_to_dict
+from fledge.config import KEYS, ModelConfig, ModelSection, Recipe, flat, recipe_to_dict
 from fledge.errors import UserError
 from fledge.plan import estimate, scaling
 from fledge.plan.defaults import DEFAULTS
@@ -98,6 +99,8 @@ _ABSENT = {
     "base.law": "absent means the default ratio of tokens to parameters",
     "data.root": "absent means FLEDGE_DATA",
     "data.max_bytes": "absent means all of it",
+    "model.extras": "absent means the standard of the arch",
+    "model.window_pattern": "absent means the standard of the arch",
 }
 _STANDARD = flat(recipe_to_dict(Recipe()))
 
@@ -177,6 +180,7 @@ def _plan_model(draft: _Draft) -> ModelConfig:
             f"it must divide the {heads} query heads",
             f"give a divisor of {heads}",
         )
+    _check_extras(section)
     model = scaling.model_config(
         **dataclasses.asdict(section), vocab_size=draft.values["tokenizer.vocab_size"]
     )
@@ -184,6 +188,37 @@ def _plan_model(draft: _Draft) -> ModelConfig:
     for key, rule in scaling.RULES.items():
         draft.put(f"model.{key}", shape[key], rule)
     return model
+
+
+def _check_extras(section: ModelSection) -> None:
+    """UserError for extras of another arch, an unknown one, or a pattern of other letters."""
+    pattern, given = section.window_pattern, section.extras or {}
+    if section.arch != "speedrun" and (given or pattern is not None):
+        raise UserError(
+            f"model.extras or model.window_pattern with model.arch = {section.arch!r}",
+            "that network is Qwen3 as it stands",
+            "add --model.arch speedrun, or leave them out",
+        )
+    for name, number in given.items():
+        if name not in scaling.EXTRAS:
+            near = difflib.get_close_matches(name, scaling.EXTRAS, n=1)
+            raise UserError(
+                f"there is no extra called {name!r}, which model.extras names",
+                f"there are {', '.join(scaling.EXTRAS)}",
+                f"did you mean {near[0]}?" if near else "name some of those",
+            )
+        if not math.isfinite(number) or number < 0 or (name == "sliding_window" and number < 1):
+            raise UserError(
+                f"model.extras.{name} = {number:g}",
+                "it is 0, 1, or a number above zero",
+                "give such a number, or leave it out",
+            )
+    if pattern is not None and (not pattern or set(pattern) - {"S", "L"}):
+        raise UserError(
+            f"model.window_pattern = {pattern!r}",
+            "it has one letter per layer, S (short) or L (long)",
+            "give SSSL, say",
+        )
 
 
 def _tokens_per_param(path: str | None, model: ModelConfig) -> tuple[float, str]:
@@ -319,8 +354,9 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
 _MAY_BE_ZERO = {
     *("steps", "warmup_steps", "cooldown_fraction", "final_lr_fraction", "seed", "samples"),
     *("matrix_lr", "embed_lr", "norm_lr", "weight_decay", "lr_scale", "temperature"),
+    "row_variance",
 }
-_SHARES = {"cooldown_fraction", "final_lr_fraction"}
+_SHARES = {"cooldown_fraction", "final_lr_fraction", "row_variance"}
 
 
 def _check(key: str, value: Any) -> None:

@@ -22,7 +22,9 @@ from fledge.run import Run
 from fledge.runlog import MetricsLog
 from fledge.stages.context import StageContext
 from fledge.train import checkpoint
-from fledge.train.loop import MAX_BAD_STEPS, Job, Row, train
+from fledge.train.loop import Job, train
+from fledge.train.metrics import Row, Speed
+from fledge.train.watch import MAX_BAD_STEPS
 
 KEEP_CHECKPOINTS = 2
 
@@ -73,11 +75,22 @@ class TrainedStage:
             min(section.warmup_steps, steps // 2),
             section.cooldown_fraction,
             section.final_lr_fraction,
+            base.cooldown_shape,
+            base.decay_schedule,
+            base.momentum_schedule,
         )
         start = self.state["step"]
         self.job = Job(
-            model, optimizers, schedule, self, section.eval_every, section.save_every, start
+            model,
+            optimizers,
+            schedule,
+            self,
+            section.eval_every,
+            section.save_every,
+            start,
+            speed=machine_speed(ctx.run),
         )
+        self.job.watch.restore(self.state.get("watch", {}))
         self.metrics = MetricsLog(ctx.run.metrics_file(stage))
         self.metrics.truncate_after(start)
         ctx.progress.stage(stage, steps, "steps", done=start, log=ctx.run.log_file(stage))
@@ -103,7 +116,7 @@ class TrainedStage:
                 folder,
                 model=model,
                 optimizers=self.job.optimizers,
-                state={"step": step, **self._loader_state()},
+                state={"step": step, "watch": self.job.watch.state(), **self._loader_state()},
                 token_ids={
                     "bos_token_id": tokenizer.bos_id,
                     "eos_token_id": tokenizer.eos_id,
@@ -115,6 +128,20 @@ class TrainedStage:
 
     def stop_requested(self) -> bool:
         return self.ctx.stop.requested
+
+    def note(self, text: str) -> None:
+        self.ctx.progress.note(f"{self.stage}: {text}")
+
+    def restore(self) -> int | None:
+        """Weights and optimizers of this stage's newest checkpoint; None if it has none yet."""
+        latest = self.ctx.run.latest_checkpoint(self.stage)
+        if latest is None:
+            return None
+        checkpoint.verify(latest)
+        self.job.model.load_state_dict(Transformer.load(latest).state_dict())
+        self.job.optimizers.forget()
+        checkpoint.read_optimizers(latest, self.job.optimizers)
+        return checkpoint.read_state(latest)["step"]
 
     def diverged(self, step: int) -> UserError:
         keys = (
@@ -134,6 +161,19 @@ class TrainedStage:
 
     def __exit__(self, *_: object) -> None:
         self.metrics.close()
+
+
+def machine_speed(run: Run) -> Speed | None:
+    """What MFU is taken against: the plan's FLOPs a token and the machine's measured or rated peak.
+
+    None where the peak of a CPU is only assumed: a share of a guess says nothing.
+    """
+    hardware, known = run.resolved["hardware"], run.resolved["estimates"]
+    if hardware["device"] == "cpu":
+        peak = hardware["matmul_flops"] if hardware["source"] == "measured" else 0.0
+    else:
+        peak = hardware["peak_flops"] * hardware["device_count"]
+    return Speed(known["flops_per_token"], peak) if peak else None
 
 
 def drop_old_checkpoints(run: Run, stage: str, save_every: int) -> None:

@@ -3,29 +3,31 @@
 `train` runs the optimizer steps of a `Job`. What surrounds them (where files go, what is measured,
 when to stop) comes in as `Hooks`, so that the loop knows neither runs nor tasks; `Job.end_step` is
 shared with `train.rl`. The loss is normalised by the trained tokens of the whole global batch, so
-it does not depend on how the batch is split into micro-steps; a batch with nothing to train on is
-skipped and counted.
+it does not depend on how the batch is split into micro-steps. A batch with nothing to train on is
+skipped and counted, so is one whose loss is not finite or far too high (`train.watch`); a pass that
+does not fit into memory is made again in halves.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fledge.data.loader import Batches
+from fledge.dist import World
 from fledge.errors import Interrupted, UserError
 from fledge.model import Transformer
 from fledge.optim.groups import Optimizers
 from fledge.optim.schedule import Schedule
+from fledge.train.metrics import Row, Speed, timing
+from fledge.train.watch import LossWatch, Verdict
 
-MAX_BAD_STEPS = 10  # consecutive non-finite losses after which training gives up
-
-Row = dict[str, float]  # one row of metrics: "step" and what was measured
+CPU_TOKENS_PER_PASS = 8192  # beyond this a CPU gains nothing
 
 
 class Hooks(Protocol):
@@ -47,6 +49,14 @@ class Hooks(Protocol):
         """True once the process was asked to stop."""
         ...
 
+    def restore(self) -> int | None:
+        """Puts weights and optimizers back to the newest checkpoint; its step, None without one."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One line for the reader of the log."""
+        ...
+
     def diverged(self, step: int) -> UserError:
         """What to tell the user whose loss stays non-finite up to `step`."""
         ...
@@ -63,6 +73,9 @@ class Job:
     eval_every: int  # steps
     save_every: int
     start: int = 0
+    watch: LossWatch = field(default_factory=LossWatch)
+    speed: Speed | None = None
+    world: World = field(default_factory=World)
 
     def end_step(self, row: Row) -> None:
         """Measures, logs and saves when it is time; Interrupted, all saved, if asked to stop.
@@ -83,65 +96,174 @@ class Job:
             raise Interrupted(f"step {step} of {self.schedule.steps}")
 
 
-def train(job: Job, loader: Batches, *, rows_per_step: int, device_batch_size: int) -> None:
-    """Trains on the rows of a loader.
+def train(
+    job: Job, loader: Batches, *, rows_per_step: int, device_batch_size: int | None = None
+) -> None:
+    """Trains on the rows of a loader; device_batch_size None = the largest that fits.
 
     Raises Interrupted after saving when a stop was requested, and what `Hooks.diverged` says when
-    the loss stays non-finite for MAX_BAD_STEPS steps in a row.
+    the loss stays bad in spite of skipping and rolling back.
     """
     model = job.model
     model.train()
-    bad_steps = 0
+    size = device_batch_size or largest_that_fits(model, rows_per_step)
     for step in range(job.start, job.schedule.steps):
         began = time.perf_counter()
-        job.optimizers.set_lr(job.schedule.factor(step))
+        job.optimizers.follow(job.schedule, step)
         ids, mask = map(torch.from_numpy, loader.batch(rows_per_step))
         waited = time.perf_counter() - began
-        loss, trained = accumulate(model, ids, mask, device_batch_size)
-        bad_steps = 0 if math.isfinite(loss) else bad_steps + 1
-        learns = trained > 0 and not bad_steps
+        loss, trained, size = accumulate_within_memory(job, ids, mask, size)
+        loss = job.world.sum_number(loss, model.cos.device)
+        norm = 0.0
+        if trained:
+            job.optimizers.reduce_gradients()
+            norm = job.optimizers.gradient_norm()
+        learns = trained > 0 and job.watch.judge(loss, norm) is Verdict.GOOD
         if learns:
             job.optimizers.step()
         else:
-            model.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
+            job.optimizers.zero_grad()
         tokens = ids[:, 1:].numel()
         row: Row = {
             "step": step + 1,
             "loss": loss,
             "lr_factor": job.schedule.factor(step),
+            "gradient_norm": norm,
             "trained_tokens": trained,
             "tokens": tokens,
-            "seconds": seconds,
-            "data_seconds": waited,
-            "tokens_per_second": tokens / seconds,
+            **timing(
+                tokens=tokens,
+                seconds=time.perf_counter() - began,
+                waited=waited,
+                steps_left=job.schedule.steps - step - 1,
+                speed=job.speed,
+            ),
         }
         if not learns:
             row["skipped"] = 1
-        if bad_steps == MAX_BAD_STEPS:
-            job.hooks.log(row)
-            raise job.hooks.diverged(step + 1)
+        _recover(job, row)
         job.end_step(row)
 
 
+def _recover(job: Job, row: Row) -> None:
+    """Says what was skipped, goes back to a checkpoint when the weights are suspected, gives up."""
+    watch, step = job.watch, int(row["step"])
+    if not watch.bad_in_row or not row["trained_tokens"]:
+        return
+    job.hooks.note(
+        f"step {step} was skipped: loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.3g}"
+        f", mean loss before {watch.mean:.4g}"
+    )
+    broken = not math.isfinite(row["loss"])
+    if watch.suspects_weights or (broken and step == job.schedule.steps):
+        restored = job.hooks.restore()
+        if restored is not None:
+            watch.rollbacks += 1
+            row["rolled_back_to"] = restored
+            job.hooks.note(
+                f"after {watch.bad_in_row} bad steps in a row: back to the weights of step "
+                f"{restored}, on with the next batch"
+            )
+    if watch.hopeless:
+        job.hooks.log(row)
+        raise job.hooks.diverged(step)
+
+
 def accumulate(
-    model: Transformer, ids: Tensor, mask: Tensor, device_batch_size: int
+    model: Transformer,
+    ids: Tensor,
+    mask: Tensor,
+    device_batch_size: int,
+    *,
+    share: slice = slice(None),
 ) -> tuple[float, int]:
     """Gradients of the mean loss over the trained tokens; returns (loss in nats, tokens).
 
-    ids and mask are [rows, T + 1]; mask 1 marks the tokens that are trained on.
+    ids and mask are [rows, T + 1]; mask 1 marks the tokens that are trained on. The rows need not
+    be a multiple of device_batch_size: every token has the same weight whatever the split. `share`
+    is the rows that this rank computes; its loss is then its part of the mean.
     """
-    weights = mask[:, 1:].to(torch.float32)
-    tokens = int(weights.sum())
+    weights = mask[:, 1:].to(model.dtype)
+    tokens = int(mask[:, 1:].sum())
     if tokens == 0:
         return 0.0, 0
     device = model.cos.device
     total = 0.0
+    ids, shares = ids[share], (weights / tokens)[share]
     for at in range(0, ids.shape[0], device_batch_size):
         rows = ids[at : at + device_batch_size].to(device)
-        loss = model.loss_sum(
-            rows[:, :-1], rows[:, 1:], weights[at : at + device_batch_size].to(device)
-        )
-        (loss / tokens).backward()
-        total += loss.item()
-    return total / tokens, tokens
+        part = shares[at : at + device_batch_size].to(device)
+        total += model.add_gradients(rows[:, :-1], rows[:, 1:], part)
+    return total, tokens
+
+
+def accumulate_within_memory(
+    job: Job, ids: Tensor, mask: Tensor, size: int
+) -> tuple[float, int, int]:
+    """`accumulate`, again with half the rows per pass as long as memory does not suffice.
+
+    Returns (loss, tokens, rows per pass that worked). UserError if not even one row fits.
+    """
+    size = min(size, ids.shape[0])
+    while True:
+        try:
+            share = job.world.share(ids.shape[0])
+            return *accumulate(job.model, ids, mask, size, share=share), size
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # outside of the except: the traceback holds the tensors of the pass that failed
+        job.optimizers.zero_grad()
+        _give_back(job.model)
+        if size == 1:
+            raise UserError(
+                f"one row of {ids.shape[1] - 1} tokens does not fit into the memory",
+                "the pass for a single row ran out of it",
+                "choose a smaller model.depth, model.max_seq_len or tokenizer.vocab_size",
+            )
+        size = (size + 1) // 2
+        job.hooks.note(f"out of memory: going on with {size} rows at a time, the same numbers")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a failed allocation, of a GPU or of the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in text or "out of memory" in text
+    )
+
+
+def _give_back(model: Transformer) -> None:
+    """Frees what a failed pass left behind."""
+    model.workspace.drop()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def largest_that_fits(model: Transformer, rows_per_step: int) -> int:
+    """Rows per pass, found by trying: halved from the rows of a step until a pass fits.
+
+    On a CPU it begins at 8,192 tokens. Leaves gradients at zero.
+    """
+    context = model.config.max_position_embeddings
+    device = model.cos.device
+    rows = rows_per_step
+    if device.type == "cpu":
+        rows = min(rows, max(1, CPU_TOKENS_PER_PASS // context))
+    while rows > 1:
+        ids = torch.zeros(rows, context, dtype=torch.long, device=device)
+        try:
+            model.add_gradients(ids, ids, torch.ones(rows, context, device=device))
+            fits = True
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        model.zero_grad(set_to_none=False)
+        if fits:
+            break
+        _give_back(model)
+        rows //= 2
+    return rows

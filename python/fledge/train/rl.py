@@ -62,7 +62,7 @@ def train_rl(
     """Runs GRPO steps; `problem(i)` gives (item, prompt ids) of problem i."""
     for step in range(job.start, job.schedule.steps):
         began = time.perf_counter()
-        job.optimizers.set_lr(job.schedule.factor(step))
+        job.optimizers.follow(job.schedule, step)
         first = step * config.prompts_per_step
         items = [problem(first + i) for i in range(config.prompts_per_step)]
         job.model.eval()

@@ -1,0 +1,242 @@
+"""Each extra of arch "speedrun" against its formula; windows, cache and files with all of them."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fledge.errors import UserError
+from fledge.model import ModelConfig, Transformer, extras
+from fledge.model.kv_cache import CacheView, Piece, Segment
+
+PLAIN = ModelConfig(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    arch="speedrun",
+)
+FLAGS = {
+    "relu2": {"hidden_act": "relu2"},
+    "norm": {"norm_weights": False},
+    "embedding_norm": {"embedding_norm": True},
+    "qk_scale": {"qk_scale": 1.2},
+    "softcap": {"final_logit_softcapping": 3.0},
+    "windows": {"window_pattern": "SSL", "sliding_window": 5},
+    "value_embeddings": {"value_embeddings": True},
+    "residual_scalars": {"residual_scalars": True},
+    "embedding_scalars": {"embedding_scalars": True},
+    "smear": {"smear": True},
+    "backout": {"backout": True},
+    "tied": {"tie_word_embeddings": True},
+}
+ALL: dict = {k: v for name, flag in FLAGS.items() if name != "tied" for k, v in flag.items()}
+
+
+def speedrun(**flags) -> Transformer:
+    """Every weight random: a fresh model's zeros would hide mistakes."""
+    model = Transformer(dataclasses.replace(PLAIN, **flags), seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def tokens(rows: int = 2, count: int = 12) -> torch.Tensor:
+    return torch.randint(0, 96, (rows, count), generator=torch.Generator().manual_seed(1))
+
+
+def hand_made(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of one row of ids from the formulas, token by token where that is plainer."""
+    config, decoder = model.config, model.model
+    p = dict(model.named_parameters())
+    count, groups = len(ids), config.num_attention_heads // config.num_key_value_heads
+
+    def norm(x, name):
+        y = x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        return y * p[f"model.{name}.weight"] if config.norm_weights else y
+
+    def turn(x):  # [count, heads, K]
+        half = config.head_dim // 2
+        angle = torch.arange(count)[:, None] * config.rope_theta ** (-torch.arange(half) / half)
+        a, b = x[..., :half], x[..., half:]
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = p["model.embed_tokens.weight"][ids]
+    if config.embedding_norm:
+        x = x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    if config.smear:
+        gate = torch.sigmoid(x[:, :24] @ p["model.smear.gate.weight"].T) * p["model.smear.scale"]
+        x = torch.stack([x[t] + (gate[t] * x[t - 1] if t else 0) for t in range(count)])
+    first, middle = x, None
+    for i in range(config.num_hidden_layers):
+        name = f"layers.{i}"
+        if config.residual_scalars:
+            x = p["model.residual_scalars"][i] * x
+        if config.embedding_scalars:
+            x = x + p["model.embedding_scalars"][i] * first
+        h = norm(x, f"{name}.input_layernorm")
+        q, k, v = (
+            (h @ p[f"model.{name}.self_attn.{m}_proj.weight"].T).view(count, -1, config.head_dim)
+            for m in "qkv"
+        )
+        q = turn(norm(q, f"{name}.self_attn.q_norm")) * config.qk_scale
+        k = turn(norm(k, f"{name}.self_attn.k_norm")) * config.qk_scale
+        if config.value_embeddings and i in (1, 3):
+            gate = 3 * torch.sigmoid(h[:, :12] @ p[f"model.{name}.self_attn.value_gate.weight"].T)
+            v = v + gate[:, :, None] * p[f"model.value_embeddings.{i}.weight"][ids].view(v.shape)
+        short = config.window_pattern != "L" and i in (0, 1)
+        window = (short and config.sliding_window) or count
+        out = torch.zeros(count, config.num_attention_heads, config.head_dim)
+        for t in range(count):
+            seen = slice(max(0, t - window + 1), t + 1)
+            for head in range(config.num_attention_heads):
+                scores = k[seen, head // groups] @ q[t, head] / math.sqrt(config.head_dim)
+                out[t, head] = scores.softmax(0) @ v[seen, head // groups]
+        x = x + out.flatten(1) @ p[f"model.{name}.self_attn.o_proj.weight"].T
+        h = norm(x, f"{name}.post_attention_layernorm")
+        up = h @ p[f"model.{name}.mlp.up_proj.weight"].T
+        if config.hidden_act == "relu2":
+            inner = up.clamp_min(0) ** 2
+        else:
+            inner = F.silu(h @ p[f"model.{name}.mlp.gate_proj.weight"].T) * up
+        x = x + inner @ p[f"model.{name}.mlp.down_proj.weight"].T
+        middle = x if i == 2 else middle
+    if config.backout and middle is not None:
+        x = x - p["model.backout_scale"] * middle
+    head = decoder.embed_tokens.weight if config.tie_word_embeddings else p["lm_head.weight"]
+    logits = norm(x, "norm") @ head.T
+    cap = config.final_logit_softcapping
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@pytest.mark.parametrize("name", [*FLAGS, "all"])
+@torch.inference_mode()
+def test_an_extra_equals_its_formula_and_changes_the_logits(name):
+    flags = ALL if name == "all" else FLAGS[name]
+    model, ids = speedrun(**flags), tokens()
+    logits = model(ids)
+    for row, got in zip(ids, logits, strict=True):
+        torch.testing.assert_close(got, hand_made(model, row), rtol=1e-4, atol=1e-4)
+    if name == "tied":
+        return
+    # the same weights without the flag, where they fit, say something else: the flag is alive
+    plain = speedrun()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.allclose(plain(ids), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_relu_squared_has_the_gradients_of_autograd():
+    layer = extras.ReluSquared(6, 10).double()
+    x = torch.randn(2, 3, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    inputs = (x.requires_grad_(), layer.up_proj.weight, layer.down_proj.weight)
+
+    def plain(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return F.relu(x @ up.T).square() @ down.T
+
+    scale = torch.randn(2, 3, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(layer(x), plain(*inputs))
+    ours = torch.autograd.grad((layer(x) * scale).sum(), inputs)
+    theirs = torch.autograd.grad((plain(*inputs) * scale).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_extras_speedrun_is_qwen3():
+    model = speedrun()
+    qwen3 = Transformer(dataclasses.replace(PLAIN, arch="qwen3"))
+    qwen3.load_state_dict(model.state_dict())
+    assert torch.equal(qwen3(tokens()), model(tokens()))
+    assert model.config.extras() == {}
+
+
+@pytest.mark.parametrize("window", [1, 3, 12, 40])
+def test_a_window_equals_a_dense_mask(window):
+    generator = torch.Generator().manual_seed(0)
+    config = dataclasses.replace(PLAIN, window_pattern="S", sliding_window=window)
+    attention = extras.SpeedrunAttention(config, 0)
+    q = torch.randn(2, 4, 12, 8, generator=generator)
+    k, v = torch.randn(2, 2, 2, 12, 8, generator=generator)
+    scores = q @ k.repeat_interleave(2, 1).mT / math.sqrt(8)
+    for i in range(12):
+        for j in range(12):
+            if j > i or j <= i - window:
+                scores[:, :, i, j] = -math.inf
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(attention.attend(q, k, v), expected)
+
+
+def test_the_last_layer_sees_everything():
+    config = dataclasses.replace(PLAIN, window_pattern="SSL", sliding_window=5)
+    windows = [extras.layer_window(config, i) for i in range(4)]
+    assert windows == [5, 5, None, None]
+
+
+@pytest.mark.parametrize("name", [*FLAGS, "all"])
+@torch.inference_mode()
+def test_cached_decoding_equals_the_full_forward_pass(name):
+    """Prefill of 7, then a chunk of 3, then one by one; a slot copied, a beginning shared."""
+    model = speedrun(**(ALL if name == "all" else FLAGS[name]))
+    ids = tokens(3, 16)
+    full = model(ids)
+    cache = model.new_cache(5, 20)
+    homes: list[tuple[int, tuple[Segment, ...]]] = [(3, ()), (0, ()), (2, ())]
+
+    def read(start: int, end: int) -> torch.Tensor:
+        pieces = [Piece(slot, start, end - start, segments) for slot, segments in homes]
+        flat = ids[:, start:end].reshape(1, -1)
+        hidden = model.hidden(flat, CacheView(cache, pieces))
+        return model.lm_head(hidden).view(3, end - start, -1)
+
+    got = [read(0, 7)]
+    cache.copy(0, 1, 0, 7)
+    homes = [(3, ()), (1, ()), (4, (Segment(2, 0, 7),))]
+    got += [read(7, 10), *(read(t, t + 1) for t in range(10, 16))]
+    torch.testing.assert_close(torch.cat(got, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_fresh_weights_start_as_nanochat_says():
+    config = dataclasses.replace(PLAIN, **(ALL | {"final_logit_softcapping": 15.0}))
+    model, again = Transformer(config, seed=4), Transformer(config, seed=4)
+    p = dict(model.named_parameters())
+    assert all(torch.equal(p[n], q) for n, q in again.named_parameters())
+    assert p["model.residual_scalars"].tolist() == pytest.approx([1.15, 1.1167, 1.0833, 1.05], 1e-4)
+    assert p["model.embedding_scalars"].tolist() == pytest.approx([0.2, 0.15, 0.1, 0.05], 1e-4)
+    assert p["model.backout_scale"].item() == pytest.approx(0.2)
+    assert p["model.smear.scale"].item() == 0
+    assert all(not p[n].any() for n in p if n.endswith(("o_proj.weight", "down_proj.weight")))
+    ids = tokens()
+    loss = model.loss_sum(ids[:, :-1], ids[:, 1:], torch.ones(2, 11)) / 22
+    assert loss.item() == pytest.approx(math.log(96), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["all", "tied"])
+def test_save_and_load_give_the_same_logits(tmp_path, name):
+    model = speedrun(**(ALL if name == "all" else ALL | FLAGS["tied"]))
+    model.save(tmp_path)
+    again = Transformer.load(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_act": "gelu"}, {"window_pattern": "S", "sliding_window": None}, {"smear": None}],
+)
+def test_a_broken_config_is_refused_in_words(tmp_path, change):
+    speedrun(**ALL).save(tmp_path)
+    path = tmp_path / "config.json"
+    table = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in table.items() if k != "smear" or v is not None}))
+    with pytest.raises(UserError):
+        Transformer.load(tmp_path)
