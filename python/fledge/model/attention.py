@@ -7,36 +7,14 @@ Used by `model.transformer`. One function, `attend`, does the arithmetic through
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge.config import ModelConfig
-from fledge.model.kv_cache import KVCache
+from fledge.model.kv_cache import CacheView
 from fledge.model.layers import RMSNorm, rotate
-
-
-@dataclass
-class CacheView:
-    """Where this forward pass reads and writes the cache.
-
-    `rows` are the slots of the batch (None = all slots in order); `positions` [B, T] is where each
-    token stands in its sequence; `length` is the longest sequence after this pass. `fresh` means
-    that every row starts at position 0, so nothing older has to be read.
-    """
-
-    cache: KVCache
-    rows: Tensor | None
-    positions: Tensor
-    length: int
-    fresh: bool
-
-    def mask(self) -> Tensor:
-        """[B, 1, T, L] True where a query may look: every earlier position of its own slot."""
-        keys = torch.arange(self.length, device=self.positions.device)
-        return keys <= self.positions[:, None, :, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -81,11 +59,8 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, H_kv, T, K]
         v = self.v_proj(x).view(heads).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
-        if view is not None:
-            view.cache.write(self.layer, view.rows, view.positions, k, v)
-            if not view.fresh:
-                k, v = view.cache.read(self.layer, view.rows, view.length)
-                mask = view.mask()
-        y = attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+        if view is None:
+            y = attend(q, k, v, None).transpose(1, 2)
+        else:
+            y = view.attend(self.layer, q, k, v)  # [B, T, H, K]
+        return self.o_proj(y.reshape(batch, tokens, -1))

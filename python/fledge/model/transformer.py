@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fledge.config import ModelConfig
-from fledge.model.attention import Attention, CacheView
-from fledge.model.kv_cache import KVCache
+from fledge.model.attention import Attention
+from fledge.model.kv_cache import CacheView, KVCache
 from fledge.model.layers import RMSNorm, SwiGLU, linear_cross_entropy, rotary_table
 
 
