@@ -51,7 +51,7 @@ def test_chat(client):
     assert reply.id.startswith("chatcmpl-") and reply.system_fingerprint
     usage = reply.usage
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert usage.completion_tokens == len("good day".encode()) + 1 - merged(client, "good day")
+    assert usage.completion_tokens == len(b"good day") + 1 - merged(client, "good day")
 
 
 def merged(client, text: str) -> int:

@@ -17,7 +17,7 @@ from fledge.engine.requests import Request as EngineRequest
 from fledge.serve.api_errors import bad_value
 from fledge.serve.context import Context
 from fledge.serve.models import ServedModel
-from fledge.serve.prompts import PYTHON_START, declared, foreign_ids, forced_start, native_ids
+from fledge.serve.prompts import PYTHON_START, declared, forced_start, foreign_ids, native_ids
 from fledge.serve.reply import ChatReply, Delta
 from fledge.serve.sampling import room_for, sampling_params
 from fledge.serve.schema import ChatRequest

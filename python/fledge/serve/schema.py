@@ -224,6 +224,17 @@ def read_json(body: bytes, limits: Limits) -> Any:
         raise bad_value(None, f"The body is not valid JSON{where}.", code="invalid_json") from None
     if not _depth_within(value, limits.json_depth):
         raise bad_value(None, f"The body is nested deeper than {limits.json_depth} levels.")
+    return _without_surrogates(value) if b"\\u" in body else value
+
+
+def _without_surrogates(value: Any) -> Any:
+    """`value` with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot hold."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(v) for key, v in value.items()}
     return value
 
 

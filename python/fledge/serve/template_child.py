@@ -44,17 +44,11 @@ def main() -> None:
     limit_memory(int(sys.argv[1]))
     max_chars = int(sys.argv[2])
     source = json.loads(sys.stdin.readline())
-    template, broken = None, ""
-    try:
-        template = compile_template(source)
-    except Exception as error:
-        broken = f"{type(error).__name__}: {error}"[:300]
     print('{"ready": true}', flush=True)
     for line in sys.stdin:
         try:
-            if template is None:
-                raise ValueError(broken)
-            answer = {"text": render(template, json.loads(line), max_chars)}
+            # compiled here, because Jinja computes constants then, and 9**(9**9) is one
+            answer = {"text": render(compile_template(source), json.loads(line), max_chars)}
         except Exception as error:  # whatever a template does is its own fault, and told as such
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(answer), flush=True)

@@ -24,6 +24,7 @@ from fledge.serve.settings import Limits
 from fledge.tokenizer import Tokenizer
 
 MEMORY_BYTES = 512 << 20
+START_SECONDS = 30.0  # to import Jinja on a busy machine
 
 
 class ForeignTemplate:
@@ -72,9 +73,9 @@ class ForeignTemplate:
 
     async def _render(self, variables: dict[str, Any]) -> str:
         async with self._lock:
-            child = self._child or await self._start()
-            assert child.stdin is not None and child.stdout is not None
             try:
+                child = self._child or await self._start()
+                assert child.stdin is not None and child.stdout is not None
                 async with asyncio.timeout(self._limits.template_seconds):
                     child.stdin.write(json.dumps(variables).encode() + b"\n")
                     await child.stdin.drain()
@@ -103,9 +104,14 @@ class ForeignTemplate:
         )  # fmt: skip
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(json.dumps(self._source).encode() + b"\n")
-        ready = await child.stdout.readline()
+        ready = b""
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                ready = await child.stdout.readline()
+        finally:  # a caller that leaves now leaves nothing behind
+            if not ready:
+                await self._kill()
         if not ready:
-            await self._kill()
             raise _refused("its process did not start")
         return child
 
