@@ -266,7 +266,7 @@ def overload(args: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measures and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="load on a server of its own")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument(

@@ -13,9 +13,12 @@ from tests.helpers_model import tiny_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports deprecate much
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    pytest.importorskip("lm_eval", reason="needs pip install lm-eval[api]")
+    pytest.importorskip("tenacity", reason="needs pip install lm-eval[api]")
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.openai_completions import (  # pyright: ignore[reportMissingImports]
+        LocalCompletionsAPI,
+    )
 
 pytestmark = pytest.mark.filterwarnings("default")
 CONTEXT = 128
@@ -60,8 +63,8 @@ def test_loglikelihood_equals_scoring_in_process(pair, toy):
     said = toy.decode(greedy.ids, skip_special=True)
     found = model.loglikelihood(asked("loglikelihood", pairs))
     for (context, continuation), (logprob, is_greedy) in zip(pairs, found, strict=True):
-        # lm-eval puts its eos (our end of turn) before an empty context
-        start = toy.encode(context) if context else [toy.eos_id]
+        # an empty context is the token that begins a text, our bos
+        start = toy.encode(context) if context else [model.prefix_token_id]
         whole = toy.encode(context + continuation)
         row = whole if context else start + whole
         (scores,) = engine.score([row])
@@ -92,5 +95,5 @@ def test_rolling(pair, toy):
     model, engine = pair
     text = " ".join(f"{i} plus {i} is {2 * i}." for i in range(6))
     (found,) = model.loglikelihood_rolling(asked("loglikelihood_rolling", [(text,)]))
-    (scores,) = engine.score([[toy.eos_id, *toy.encode(text)]])
+    (scores,) = engine.score([[model.prefix_token_id, *toy.encode(text)]])
     assert found == pytest.approx(sum(scores), abs=1e-3)

@@ -34,7 +34,11 @@ def test_it_is_off_by_default(toy):
 
 
 @schema.parametrize()
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
 def test_no_server_errors(case, served):
     reply = case.call(base_url=served.url)
     assert reply.status_code < 500 or reply.status_code == 503, reply.content

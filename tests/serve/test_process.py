@@ -131,7 +131,7 @@ class Stream:
             self.data += read_all(self.sock)
         # unchunk: the sizes stand between the events
         self.data = re.sub(rb"\r\n[0-9a-f]+\r\n", b"", self.data.partition(b"\r\n\r\n")[2])
-        self.data = self.data.removesuffix(b"\r\n\r\n")
+        self.data = self.data.removesuffix(b"\r\n")
 
 
 def healthy(url: str) -> bool:
