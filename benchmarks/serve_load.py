@@ -199,6 +199,12 @@ def resources(pid: int) -> tuple[float, int, int]:
     return int(field_of["VmRSS"].split()[0]) / 1024, descriptors, int(field_of["Threads"])
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time that the server has used, all its threads."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def percentiles(values: list[float]) -> str:
     """p50 / p95 / p99 in ms."""
     if not values:
@@ -233,12 +239,14 @@ def levels(server: Server, args: argparse.Namespace) -> list[str]:
     lines = []
     for model in ("fake", "small"):
         for concurrency in args.concurrency:
+            used = cpu_seconds(server.process.pid)
             tally = asyncio.run(closed_loop(server.port, model, concurrency, args.seconds))
+            used = cpu_seconds(server.process.pid) - used
             memory, descriptors, threads = resources(server.process.pid)
             lines.append(
                 f"| {model} | {concurrency} | {tally.done} | {tally.left} | {tally.tools} | "
                 f"{tally.shed} | {len(tally.wrong)} | {tally.tokens / args.seconds:,.0f} | "
-                f"{percentiles(tally.first)} | {percentiles(tally.gaps)} | {memory:.0f} | "
+                f"{percentiles(tally.first)} | {percentiles(tally.gaps)} | {1e3 * used / max(tally.tokens, 1):.2f} | {memory:.0f} | "
                 f"{descriptors} | {threads} |"
             )
             print(lines[-1], *tally.wrong[:5], flush=True)
@@ -294,8 +302,8 @@ def main() -> None:
         f"real engine; both have {SLOTS} rows. {CANCELS:.0%} of the requests leave in the middle, "
         f"{TOOLS:.0%} run Python. Times in ms: p50 / p95 / p99.", "",
         "| model | clients | whole | left | with tool | shed | lost or cut | tokens/s | "
-        "first token | gap | MB | descriptors | threads |",
-        "|" + " --- |" * 13, *table, "",
+        "first token | gap | CPU ms per token | MB | descriptors | threads |",
+        "|" + " --- |" * 14, *table, "",
         f"Resident memory, descriptors, threads: {before[0]:.0f} MB, {before[1]}, {before[2]} at "
         f"the start; {warm[0]:.0f} MB, {warm[1]}, {warm[2]} when warm; {after[0]:.0f} MB, "
         f"{after[1]}, {after[2]} a second after the last request. Exit code after SIGTERM: "
