@@ -519,6 +519,6 @@ VERBS: dict[str, Verb] = {
     ),
     "report": Verb(verb_report, "RUN [RUN2]", "render the report again; two runs side by side"),
     "bench": Verb(
-        verb_bench, "sandbox|tok [--json]", "measure this machine, each figure with a peer"
+        verb_bench, "infer|sandbox|tok [--json]", "measure this machine, each figure with a peer"
     ),
 }

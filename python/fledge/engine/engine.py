@@ -23,7 +23,6 @@ from fledge.engine.scheduler import Scheduler, ToolRunner, ToolTokens, pad_right
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.model import Transformer
-from fledge.model.kv_cache import KVCache
 from fledge.tokenizer import Tokenizer
 
 DEFAULT_SLOTS = 128
@@ -84,6 +83,7 @@ class Engine:
             tokenizer.encode,
             tokenizer.decode,
         )
+        self._made_runner: Runner | None = None
         self._live: Scheduler | None = None
         self._next_id = 0
         self._kept: list[TokenEvent] = []  # events that came while `generate` ran
@@ -121,16 +121,16 @@ class Engine:
 
     def weights_changed(self) -> None:
         """To be called after an optimizer step: what was read with the old weights is dropped."""
-        if self._live is not None and not self._live.busy:
-            self._live = None  # the cache's memory too: training needs it
-        elif self._live is not None:
+        if self._live is None or not self._live.busy:
+            self._live = self._made_runner = None  # their memory too: training needs it
+        else:
             self._live.pool.forget()
             self._live.runner.weights_changed()
 
     def close(self) -> None:
         """Ends the tool threads and gives the cache back."""
         self._tool_runner.close()
-        self._live = None
+        self._live = self._made_runner = None
 
     # -- whole calls -----------------------------------------------------------------------------
 
@@ -170,6 +170,8 @@ class Engine:
         finally:
             self.cancel(request_id)
             self._kept = [e for e in self._kept if e.request_id != request_id]
+            live = self._scheduler()
+            live.cancelled = [e for e in live.cancelled if e.request_id != request_id]
 
     def _events_of(self, ids: set[int], endings: int) -> Iterator[TokenEvent]:
         """The events of some requests until all have ended; others' are kept for `step`."""
@@ -185,9 +187,10 @@ class Engine:
     def _scheduler(self) -> Scheduler:
         if self._live is None:
             slots = self._slots_that_fit()
-            cache = self.model.new_cache(slots, self.context)
+            runner = self._runner()
+            runner.cache = self.model.new_cache(slots, self.context)
             self._live = Scheduler(
-                self._runner(cache),
+                runner,
                 slots=slots,
                 context=self.context,
                 stop_ids=self.stop_ids,
@@ -197,13 +200,16 @@ class Engine:
             )
         return self._live
 
-    def _runner(self, cache: KVCache) -> Runner:
+    def _runner(self) -> Runner:
         """The fastest way to run this model here; the module itself where there is no other."""
-        if can_pack(self.model) and self.packed:
-            return PackedRunner(
-                self.model, cache, deterministic=self.deterministic, weights=self.weights
-            )
-        return Runner(self.model, cache, deterministic=self.deterministic)
+        if self._made_runner is None:
+            if self.packed and can_pack(self.model):
+                self._made_runner = PackedRunner(
+                    self.model, deterministic=self.deterministic, weights=self.weights
+                )
+            else:
+                self._made_runner = Runner(self.model, deterministic=self.deterministic)
+        return self._made_runner
 
     def _slots_that_fit(self) -> int:
         """The wanted number of slots, or fewer where memory is short."""
@@ -221,19 +227,21 @@ class Engine:
     def score(self, rows: list[list[int]]) -> list[list[float]]:
         """Log-probability of every token given those before it; the first of a row gets 0.0."""
         result: list[list[float]] = [[] for _ in rows]
+        runner = self._runner()
         for group, ids, last in self._batches(rows):
-            losses = self.model.token_losses(ids[:, :-1], ids[:, 1:])
-            for i, end, row_losses in zip(group, last.tolist(), losses.tolist(), strict=True):
-                result[i] = [0.0] + [-x for x in row_losses[:end]]
+            logprobs = runner.token_logprobs(ids[:, :-1], ids[:, 1:])
+            for i, end, row in zip(group, last.tolist(), logprobs.tolist(), strict=True):
+                result[i] = [0.0, *row[:end]]
         return result
 
     @torch.inference_mode()
     def next_logprobs(self, prompts: list[list[int]], candidates: list[int]) -> list[list[float]]:
         """Log-probabilities of `candidates` as the token right after each prompt."""
         result: list[list[float]] = [[] for _ in prompts]
+        runner = self._runner()
         for group, ids, last in self._batches(prompts):
-            logits = self.model.lm_head(self.model.hidden(ids)[torch.arange(len(group)), last])
-            table = logits.float().log_softmax(dim=-1)[:, candidates]
+            states = runner.hidden_of(ids)[torch.arange(len(group)), last]
+            table = runner.head(states).float().log_softmax(dim=-1)[:, candidates]
             for i, row in zip(group, table.tolist(), strict=True):
                 result[i] = row
         return result

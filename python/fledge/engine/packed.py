@@ -1,9 +1,10 @@
 """The model as a CPU runs it fastest: fused, pre-packed weights and no module calls.
 
 A token of a small model costs more in calls than in arithmetic, so `PackedRunner` makes as few
-calls as it can: q, k and v come from one product, gate and up from another; the gain of a norm is
-multiplied into the matrix behind it; the two halves of a rotary pair are stored side by side so
-that a rotation is one complex product. Weights are float32, bfloat16 or int8 (`engine.linears`).
+calls as it can: q, k and v come from one product; residual, SiLU and gate are part of products;
+the gain of a norm is multiplied into the matrix behind it; the two halves of a rotary pair are
+stored side by side so that a rotation is one complex product. Weights are float32, bfloat16 or
+int8 (`engine.linears`).
 The readable twin is `engine.runner.Runner`; tests hold the two equal. Used by `engine.engine` for
 qwen3 on CPUs. Never changes the model; after an optimizer step it packs again.
 """
@@ -18,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.engine.attention_plan import DecodePlan, PiecePlan
-from fledge.engine.linears import Linear, pack
+from fledge.engine.linears import Linear, SwiGLU, pack, pack_swiglu
 from fledge.engine.runner import DECODE_BUCKET, Runner
 from fledge.model import Transformer
 from fledge.model.attention import attend
-from fledge.model.kv_cache import KVCache, Piece
+from fledge.model.kv_cache import Piece
 
 
 class Plan(Protocol):
@@ -37,8 +38,7 @@ class PackedLayer:
 
     qkv: Linear
     out: Linear
-    gate_up: Linear
-    down: Linear
+    feed_forward: SwiGLU
     qk_gain: Tensor
 
 
@@ -69,9 +69,9 @@ class PackedRunner(Runner):
     """Passes over packed weights of a qwen3 model on a CPU."""
 
     def __init__(
-        self, model: Transformer, cache: KVCache, *, deterministic: bool, weights: str = "float32"
+        self, model: Transformer, *, deterministic: bool, weights: str = "float32"
     ) -> None:
-        super().__init__(model, cache, deterministic=deterministic)
+        super().__init__(model, deterministic=deterministic)
         self.weights = weights
         self.config = model.config
         pairs = torch.complex(model.cos, model.sin)  # [positions, K/2]
@@ -90,8 +90,7 @@ class PackedRunner(Runner):
             qk = torch.cat((attention.q_proj.weight, attention.k_proj.weight))
             qk = qk.view(-1, c.head_dim, c.hidden_size)[:, order].flatten(0, 1)
             qkv = torch.cat((qk, attention.v_proj.weight)) * block.input_layernorm.weight
-            gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-            gate_up = gate_up * block.post_attention_layernorm.weight
+            gain_in = block.post_attention_layernorm.weight
             gain = torch.cat(
                 (
                     attention.q_norm.weight[order].expand(c.num_attention_heads, -1),
@@ -102,8 +101,12 @@ class PackedRunner(Runner):
                 PackedLayer(
                     pack(qkv, self.weights),
                     pack(attention.o_proj.weight, self.weights),
-                    pack(gate_up, self.weights),
-                    pack(mlp.down_proj.weight, self.weights),
+                    pack_swiglu(
+                        mlp.gate_proj.weight * gain_in,
+                        mlp.up_proj.weight * gain_in,
+                        mlp.down_proj.weight,
+                        self.weights,
+                    ),
                     gain.contiguous(),
                 )
             )
@@ -119,7 +122,8 @@ class PackedRunner(Runner):
             at += piece.count
             last.append(at)
         plan = PiecePlan(self.cache, pieces)
-        hidden = self._pass([t for part in parts for t in part], plan.places.positions, plan, total)
+        tokens = [token for part in parts for token in part]
+        hidden = self._pass(tokens, plan.places.positions, plan, total)
         return self._logits(hidden, [last[i] for i in ends])
 
     def decode(self, tokens: list[int], pieces: list[Piece]) -> Tensor:
@@ -135,24 +139,15 @@ class PackedRunner(Runner):
             logits.append(self._head(hidden)[: len(part)])
         return torch.cat(logits)
 
-    @torch.inference_mode()
     def hidden_of(self, ids: Tensor) -> Tensor:
-        """Normed states [B, T, D] of a padded batch [B, T], nothing kept: for scoring."""
         batch, tokens = ids.shape
         positions = [*range(tokens)] * batch
         return self._pass(ids.flatten().tolist(), positions, _Fresh(batch), None).view(
             batch, tokens, -1
         )
 
-    def _logits(self, hidden: Tensor, places: list[int]) -> Tensor:
-        if not self.deterministic:
-            return self._head(hidden[places])
-        logits = []
-        for first in range(0, len(places), DECODE_BUCKET):
-            part = places[first : first + DECODE_BUCKET]
-            padded = part + [0] * (DECODE_BUCKET - len(part))
-            logits.append(self._head(hidden[padded])[: len(part)])
-        return torch.cat(logits) if logits else hidden.new_zeros(0, 0)
+    def head(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden)
 
     def _pass(
         self, tokens: list[int], positions: list[int], plan: Plan, total: int | None
@@ -174,12 +169,11 @@ class PackedRunner(Runner):
             y = plan.attend(index, qk[:, :heads], qk[:, heads:], v)
             if len(y) < len(x):
                 y = F.pad(y, (0, 0, 0, len(x) - used))
-            x = layer.out(y, add_to=x)
-            gate, up = layer.gate_up(self._normed(x)).chunk(2, dim=-1)
-            x = layer.down(F.silu(gate).mul_(up), add_to=x)
+            x = layer.out.plus(y, x)
+            x = layer.feed_forward.plus(self._normed(x), x)
         return self._normed(x).mul_(self._norm)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """x over its root mean square, gain left out: three small calls instead of RMSNorm's six."""
+        """x over its root mean square, gain left out: three small calls, not RMSNorm's six."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()

@@ -12,19 +12,36 @@ from torch import Tensor
 from fledge.model import Transformer
 from fledge.model.kv_cache import CacheView, KVCache, Piece
 
-DECODE_BUCKET = 16  # rows in one decode pass of a deterministic engine
+DECODE_BUCKET = 32  # rows in one decode pass of a deterministic engine
 
 
 class Runner:
     """Runs the live module; its weights are whatever they are when a pass begins."""
 
-    def __init__(self, model: Transformer, cache: KVCache, *, deterministic: bool) -> None:
+    cache: KVCache  # set before the first `prefill`; scoring needs none
+
+    def __init__(self, model: Transformer, *, deterministic: bool) -> None:
         self.model = model
-        self.cache = cache
         self.deterministic = deterministic
 
     def weights_changed(self) -> None:
         """The module's weights are read at every pass: nothing to do here."""
+
+    def hidden_of(self, ids: Tensor) -> Tensor:
+        """Normed states [B, T, D] of a padded batch [B, T], nothing kept."""
+        return self.model.hidden(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of normed states [N, D]."""
+        return self.model.lm_head(hidden)
+
+    def token_logprobs(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability [B, T] of every target; the logits of one row at a time."""
+        lines = []
+        for states, wanted in zip(self.hidden_of(ids), targets, strict=True):
+            logits = self.head(states).float()
+            lines.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(dim=-1))
+        return torch.stack(lines)
 
     def prefill(
         self, parts: list[list[int]], pieces: list[Piece], ends: list[int], total: int | None
@@ -48,7 +65,7 @@ class Runner:
         for first in range(0, len(pieces), DECODE_BUCKET):
             part = pieces[first : first + DECODE_BUCKET]
             hidden = self._hidden(tokens[first : first + DECODE_BUCKET], part, DECODE_BUCKET)
-            logits.append(self.model.lm_head(hidden)[: len(part)])
+            logits.append(self.head(hidden)[: len(part)])
         return torch.cat(logits)
 
     def _hidden(self, tokens: list[int], pieces: list[Piece], total: int | None) -> Tensor:
@@ -59,10 +76,10 @@ class Runner:
 
     def _logits(self, hidden: Tensor, places: list[int]) -> Tensor:
         if not self.deterministic:
-            return self.model.lm_head(hidden[places])
+            return self.head(hidden[places])
         logits = []
         for first in range(0, len(places), DECODE_BUCKET):
             part = places[first : first + DECODE_BUCKET]
             padded = part + [0] * (DECODE_BUCKET - len(part))
-            logits.append(self.model.lm_head(hidden[padded])[: len(part)])
+            logits.append(self.head(hidden[padded])[: len(part)])
         return torch.cat(logits) if logits else hidden.new_zeros(0, 0)

@@ -26,6 +26,7 @@ from fledge.engine.tools import Tools, ToolState
 from fledge.model.kv_cache import Piece, Segment
 
 TOOL_THREADS = 4
+KEPT_FROM_ROWS = 4
 TOOL_WAIT_SECONDS = 0.01  # a step with nothing to compute waits this long for a tool
 
 
@@ -117,6 +118,7 @@ class Scheduler:
         self.groups: deque[Group] = deque()
         self.rows: list[Row] = []
         self.cancelled: list[TokenEvent] = []
+        self._scratch = torch.empty(0)
 
     @property
     def busy(self) -> bool:
@@ -310,7 +312,7 @@ class Scheduler:
         picked = sample(adjusted, draws.to(logits.device), [r.params for r in rows])
         # log-probabilities are of the model itself, in float32
         logits = logits.float()
-        norms = logits.logsumexp(dim=-1)
+        norms = self._norms(logits)
         logprobs = logits.gather(1, picked[:, None])[:, 0] - norms
         best = self._top_logprobs(rows, logits, norms)
         events = []
@@ -338,6 +340,20 @@ class Scheduler:
                 )
             )
         return events
+
+    def _norms(self, logits: Tensor) -> Tensor:
+        """log-sum-exp [rows], in memory that is kept: fresh pages cost more than the sum.
+
+        A deterministic engine does the same for every number of rows.
+        """
+        if len(logits) < KEPT_FROM_ROWS and not self.deterministic:
+            return logits.logsumexp(dim=-1)
+        if self._scratch.numel() < logits.numel() or self._scratch.device != logits.device:
+            self._scratch = torch.empty(logits.numel(), device=logits.device)
+        buffer = self._scratch[: logits.numel()].view(logits.shape)
+        largest = logits.amax(dim=-1, keepdim=True)
+        torch.sub(logits, largest, out=buffer)
+        return buffer.exp_().sum(dim=-1).log_().add_(largest[:, 0])
 
     @staticmethod
     def _top_logprobs(

@@ -18,7 +18,6 @@ from torch import Tensor
 from fledge.config import ModelConfig
 from fledge.model.partial_attention import attend_partial, merge_partials
 
-
 FINITE_STRETCH = 128  # tokens
 
 
@@ -39,6 +38,7 @@ class KVCache:
         # untouched memory costs nothing on a CPU: pages come with the first write
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
+        self.ids = torch.zeros(slots, max_len, dtype=torch.long, device=device)
         self.max_len = max_len
         self._finite = [(0, 0)] * slots  # of each slot: from where to where all is known finite
 
@@ -51,6 +51,7 @@ class KVCache:
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[target, :, start:end] = tensor[source, :, start:end]
+        self.ids[target, start:end] = self.ids[source, start:end]
 
     def poison(self, slot: int, *, start: int) -> None:
         """Fills a slot with NaN from `start` on: a test then sees who reads what is not his."""
@@ -125,12 +126,37 @@ class CacheView:
         self.positions = torch.tensor([places], device=device)  # [1, N]
         self._slots = torch.tensor(slots, device=device)
 
+    def previous_ids(self, ids: Tensor) -> Tensor:
+        """The token before each of ids [1, N] in its own sequence; 0 where there is none.
+
+        For layers that mix a token with the one before it. Stores the ids for later passes.
+        """
+        places = self.positions[0, : self.used]
+        self.cache.ids[self._slots, places] = ids[0, : self.used]
+        at, slots = 0, self._slots.clone()
+        for piece in self.pieces:
+            if piece.segments and piece.start == piece.base:
+                slots[at] = piece.segments[-1].slot
+            at += piece.count
+        previous = torch.zeros_like(ids)
+        found = self.cache.ids[slots, (places - 1).clamp_min(0)]
+        previous[0, : self.used] = torch.where(places > 0, found, 0)
+        return previous
+
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """Stores k, v [1, H_kv, N, K] and gives the attention output [1, N, H, K] of q [1,H,N,K].
 
         A query sees its own sequence up to itself; with a window, the newest `window` of those.
+        `scale` of the scores: 1 / sqrt(K) where it is not given.
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         places = self.positions[0, : self.used]
@@ -140,12 +166,18 @@ class CacheView:
         at = 0
         for piece in self.pieces:
             rows = slice(at, at + piece.count)
-            y[:, rows] = self._attend_piece(q[:, :, rows], keys, values, piece, window)
+            y[:, rows] = self._attend_piece(q[:, :, rows], keys, values, piece, window, scale)
             at += piece.count
         return y
 
     def _attend_piece(
-        self, q: Tensor, keys: Tensor, values: Tensor, piece: Piece, window: int | None
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        piece: Piece,
+        window: int | None,
+        scale: float | None,
     ) -> Tensor:
         parts = []
         own = Segment(piece.slot, piece.base, piece.end)
@@ -157,5 +189,6 @@ class CacheView:
                 continue
             k = keys[part.slot, None, :, start : part.end]
             v = values[part.slot, None, :, start : part.end]
-            parts.append(attend_partial(q, k, v, piece.start - start, window=window))
+            offset = piece.start - start
+            parts.append(attend_partial(q, k, v, offset, window=window, scale=scale))
         return merge_partials(parts)

@@ -17,9 +17,17 @@ Partial = tuple[Tensor, Tensor]  # output [B, T, H, K], log-sum-exp [B, T, H]
 
 
 def attend_partial(
-    q: Tensor, k: Tensor, v: Tensor, offset: int, *, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: int,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Partial:
     """Attention of q [B, H, T, K] over k, v [B, H_kv, L, K], and its log-sum-exp.
+
+    `scale` of the scores: 1 / sqrt(K) where it is not given.
 
     Query t stands `offset` + t places after the first key; it sees the keys up to itself and, with
     a window, not those `window` or more before itself. Every query must see at least one key
@@ -40,19 +48,25 @@ def attend_partial(
         mask = mask.masked_fill_(~visible, float("-inf"))
     if q.device.type == "cpu" and (window is None or not hidden_behind):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k.to(q.dtype), v.to(q.dtype), is_causal=causal, attn_mask=mask
+            q, k.to(q.dtype), v.to(q.dtype), is_causal=causal, attn_mask=mask, scale=scale
         )
         return output.transpose(1, 2), lse.transpose(1, 2)
-    return naive_partial(q, k, v, mask=mask, causal=causal)
+    return naive_partial(q, k, v, mask=mask, causal=causal, scale=scale)
 
 
 def naive_partial(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> Partial:
     """The readable twin, and what other devices use: mask [T, L] is added to the scores."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.to(q.dtype).repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+    scores = (q @ k.transpose(-1, -2)).float() * (scale or 1 / math.sqrt(q.shape[-1]))
     if causal:
         mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
     if mask is not None:

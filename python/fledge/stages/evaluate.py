@@ -19,10 +19,13 @@ from fledge.errors import UserError
 from fledge.evals.scoring import TaskResult, pick_items, score_task
 from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.registry import find_tasks
+from fledge.model import Transformer
 from fledge.report import gather
 from fledge.run import Run, find_checkpoint
 from fledge.stages.context import StageContext, peak_memory_bytes
+from fledge.stages.inference import stage_engine
 from fledge.stages.material import open_material
+from fledge.tokenizer import Tokenizer
 from fledge.train.checkpoint import verify
 
 
@@ -55,9 +58,7 @@ def run(ctx: StageContext, *, resume: bool) -> None:
 
 
 def _open_engine(folder: Path) -> Engine:
-    engine = Engine.from_folder(folder)
-    engine.model.eval()
-    return engine
+    return stage_engine(Transformer.load(folder).eval(), Tokenizer.load(folder))
 
 
 def write_result(run: Run, stage: str, result: TaskResult) -> None:
