@@ -243,10 +243,11 @@ def levels(server: Server, args: argparse.Namespace) -> list[str]:
             tally = asyncio.run(closed_loop(server.port, model, concurrency, args.seconds))
             used = cpu_seconds(server.process.pid) - used
             memory, descriptors, threads = resources(server.process.pid)
+            cost = 1e3 * used / max(tally.tokens, 1)
             lines.append(
                 f"| {model} | {concurrency} | {tally.done} | {tally.left} | {tally.tools} | "
                 f"{tally.shed} | {len(tally.wrong)} | {tally.tokens / args.seconds:,.0f} | "
-                f"{percentiles(tally.first)} | {percentiles(tally.gaps)} | {1e3 * used / max(tally.tokens, 1):.2f} | {memory:.0f} | "
+                f"{percentiles(tally.first)} | {percentiles(tally.gaps)} | {cost:.2f} | {memory:.0f} | "
                 f"{descriptors} | {threads} |"
             )
             print(lines[-1], *tally.wrong[:5], flush=True)
@@ -297,7 +298,8 @@ def main() -> None:
         "# The server under load", "",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} CPUs, Python "
         f"{platform.python_version()}; `benchmarks/serve_load.py --seconds {args.seconds:g}`. The "
-        "clients run on the same CPUs. `fake` gives a token per row every "
+        "clients run on the same CPUs. Others' work on the machine at the end: a load average of "
+        f"{os.getloadavg()[1]:.1f} over five minutes, this benchmark's own included. `fake` gives a token per row every "
         f"{STEP_SECONDS * 1e3:g} ms; `small` is a random model (4 layers, 256 wide) behind the "
         f"real engine; both have {SLOTS} rows. {CANCELS:.0%} of the requests leave in the middle, "
         f"{TOOLS:.0%} run Python. Times in ms: p50 / p95 / p99.", "",

@@ -79,6 +79,10 @@ class FakeEngine:
         self.cancelled.append(request_id)
         self.rows = [row for row in self.rows if row.request_id != request_id]
 
+    def cached_tokens(self, request_id: int) -> int:
+        """Claims one token of every prompt."""
+        return 1
+
     def step(self) -> list[TokenEvent]:
         self.gate.wait(10)
         if self.delay:

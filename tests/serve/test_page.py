@@ -275,7 +275,8 @@ XSS = [
     "`<b onclick=alert(1)>`", "**<img src=x onerror=alert(1)>**", "# <script>alert(1)</script>",
     "> <script>alert(1)</script>", "- <script>alert(1)</script>", "1. <svg/onload=alert(1)>",
     "| <script>1</script> | b |\n| --- | --- |\n| <img src=x onerror=1> | d |",
-    "```html\n<script>alert(1)</script>\n```", "```<script>\nx\n```", "<style>*{display:none}</style>",
+    "```html\n<script>alert(1)</script>\n```", "```<script>\nx\n```",
+    "<style>*{display:none}</style>",
     "<link rel=stylesheet href=//evil.example>", "<meta http-equiv=refresh content=0>",
     "<base href=//evil.example>", "<form action=//evil.example><input>", "<object data=x>",
     "<embed src=x>", "<math><mi xlink:href=javascript:1>", "&lt;script&gt;", "&#x3C;script&#x3E;",
@@ -300,7 +301,8 @@ def test_what_a_model_writes_stays_text(page):
         """async (payloads) => {
           const { update } = await import("/web/markdown.js");
           const known = new Set(["P", "H3", "H4", "H5", "H6", "PRE", "CODE", "UL", "OL", "LI", "HR",
-            "BLOCKQUOTE", "DIV", "TABLE", "THEAD", "TBODY", "TR", "TH", "TD", "STRONG", "EM", "A", "BR"]);
+            "BLOCKQUOTE", "DIV", "TABLE", "THEAD", "TBODY", "TR", "TH", "TD",
+            "STRONG", "EM", "A", "BR"]);
           const bad = [];
           window.alert = () => bad.push("alert");
           for (const payload of payloads) {

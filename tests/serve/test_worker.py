@@ -10,9 +10,10 @@ import pytest
 from fledge.engine.requests import Request, SamplingParams
 from fledge.errors import UserError
 from fledge.serve.api_errors import ApiError
+from fledge.serve.jobs import Job
 from fledge.serve.metrics import Metrics
 from fledge.serve.settings import Limits
-from fledge.serve.worker import Job, Pool
+from fledge.serve.worker import Pool
 from tests.serve.fake import FakeEngine
 
 

@@ -16,13 +16,13 @@ from typing import Any
 from fledge.engine.requests import Request as EngineRequest
 from fledge.serve.api_errors import bad_value
 from fledge.serve.context import Context
+from fledge.serve.jobs import Handle, Job
 from fledge.serve.models import ServedModel
 from fledge.serve.prompts import PYTHON_START, declared, forced_start, foreign_ids, native_ids
 from fledge.serve.reply import ChatReply, Delta
 from fledge.serve.sampling import room_for, sampling_params
 from fledge.serve.schema import ChatRequest
 from fledge.serve.tool_runs import RequestTools
-from fledge.serve.worker import Handle, Job
 
 
 class ChatCall:
@@ -151,17 +151,19 @@ class ChatCall:
 
     def _usage(self) -> dict[str, Any]:
         generated = sum(reply.tokens for reply in self.replies)
-        return usage_of(len(self.prompt), generated)
+        return usage_of(len(self.prompt), generated, self.job.cached)
 
 
-def usage_of(prompt: int, generated: int) -> dict[str, Any]:
-    """The usage object."""
-    return {
+def usage_of(prompt: int, generated: int, cached: int | None) -> dict[str, Any]:
+    """The usage object; how much was cached only where the engine tells."""
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": 0},
     }
+    if cached is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
+    return usage
 
 
 async def start_chat(

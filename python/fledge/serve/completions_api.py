@@ -20,11 +20,11 @@ from fledge.engine.text_stream import TextStream
 from fledge.serve.api_errors import bad_value, context_overflow
 from fledge.serve.chat_api import usage_of
 from fledge.serve.context import Context
+from fledge.serve.jobs import Event, Handle, Job
 from fledge.serve.models import ServedModel
 from fledge.serve.sampling import room_for, sampling_params
 from fledge.serve.schema import CompletionRequest
 from fledge.serve.scoring import Scored, score_prompts
-from fledge.serve.worker import Event, Handle, Job
 from fledge.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -287,7 +287,9 @@ class CompletionCall:
 
     def _usage(self) -> dict[str, Any]:
         prompt = sum(map(len, self.prompts))
-        return usage_of(prompt, sum(choice.tokens for choice in self.choices))
+        told = [job.cached for job in self.jobs if job.cached is not None]
+        generated = sum(choice.tokens for choice in self.choices)
+        return usage_of(prompt, generated, sum(told) if told else None)
 
 
 def _prompts(request: CompletionRequest, model: ServedModel) -> tuple[list[list[int]], int]:

@@ -19,10 +19,11 @@ import fledge
 from fledge.errors import UserError
 from fledge.run import find_checkpoint
 from fledge.serve.api_errors import no_such_model
+from fledge.serve.jobs import EngineLike
 from fledge.serve.metrics import Metrics
 from fledge.serve.settings import Limits
 from fledge.serve.templates import ForeignTemplate
-from fledge.serve.worker import EngineLike, Pool
+from fledge.serve.worker import Pool
 from fledge.tokenizer import Tokenizer
 from fledge.tokenizer.files import chat_template
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fledge.engine.text_stream import TextStream
-from fledge.serve.worker import Event
+from fledge.serve.jobs import Event
 from fledge.tokenizer import Tokenizer
 
 CALL = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_-]{0,63})\s*\((\s*\{.*\}\s*)\)\s*", re.DOTALL)

@@ -3,7 +3,7 @@
 One teacher-forced pass per group of prompts instead of decoding. A group is one bounded piece of
 work between two steps of the engine, so that scoring never holds up a conversation for long. The
 logits of a few hundred positions exist at a time, never prompt times vocabulary. Called by
-`serve.completions_api` through `worker.Job.call`.
+`serve.completions_api` through `jobs.Job.call`.
 """
 
 from __future__ import annotations

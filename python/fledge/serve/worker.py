@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from fledge.errors import UserError
 from fledge.serve import api_errors
 from fledge.serve.api_errors import ApiError
+from fledge.serve.jobs import EngineLike, Handle, Job
 from fledge.serve.metrics import Metrics
 from fledge.serve.settings import Limits
 
@@ -33,89 +34,6 @@ TOOL_WAIT_SECONDS = 0.001  # pause where an engine has only rows that wait for t
 DEFAULT_ROWS = 128
 
 
-class Event(Protocol):
-    """One token of one choice: `fledge.engine.TokenEvent`."""
-
-    request_id: int
-    choice: int
-    token: int
-    logprob: float
-    top_logprobs: list[tuple[int, float]]
-    sampled: bool
-    finish_reason: str | None
-
-
-class EngineLike(Protocol):
-    """What of `fledge.engine.Engine` a thread needs; tests use a small stand-in."""
-
-    @property
-    def in_flight(self) -> int: ...
-
-    def add(self, request: Any) -> int: ...
-
-    def step(self) -> list[Any]: ...
-
-    def cancel(self, request_id: int) -> None: ...
-
-
-@dataclass(eq=False)
-class Job:
-    """Work for an engine: a request of it, or `call`, which runs between two steps.
-
-    `call(engine)` is a generator function: each `next` is one bounded piece of work, its return
-    value is the result. It serves scoring, which has no tokens to stream.
-    """
-
-    request: Any = None
-    call: Callable[[Any], Any] | None = None
-    rows: int = 1
-    key: str = ""
-    prompt_tokens: int = 0
-    arrived: float = 0.0
-    started: float | None = None  # when the engine took it
-    first: float | None = None  # when its first token came
-    last: float | None = None
-    generated: int = 0
-    live: int = 0  # choices that still run
-    cancelled: bool = False
-    deliver: Callable[[Any], None] = lambda _: None
-
-
-class Handle:
-    """The event loop's end of a job: batches of token events, then the end or an error."""
-
-    def __init__(self, pool: Pool, job: Job) -> None:
-        self._pool = pool
-        self._job = job
-        self._batches: collections.deque[Any] = collections.deque()
-        self._ready = asyncio.Event()
-        job.deliver = self._put
-
-    def _put(self, batch: Any) -> None:
-        self._batches.append(batch)
-        self._ready.set()
-
-    async def next(self) -> list[Any]:
-        """All events that came since the last call, at least one; raises ApiError."""
-        while not self._batches:
-            self._ready.clear()
-            await self._ready.wait()
-        events: list[Any] = []
-        while self._batches:
-            batch = self._batches[0]
-            if isinstance(batch, ApiError):
-                if events:
-                    break
-                raise batch
-            events += batch
-            self._batches.popleft()
-        return events
-
-    def cancel(self) -> None:
-        """Takes the job out of the queue or the engine; harmless when it has ended."""
-        self._pool.cancel(self._job)
-
-
 @dataclass
 class Replica:
     """One engine thread."""
@@ -123,6 +41,7 @@ class Replica:
     index: int
     build: Callable[[], EngineLike]
     thread: threading.Thread | None = None
+    engine: EngineLike | None = None
     state: str = "loading"  # loading, ready, rebuilding, failed, stopped
     beat: float = 0.0
     running: dict[int, Job] = field(default_factory=dict)
@@ -201,7 +120,7 @@ class Pool:
                 raise api_errors.busy(
                     "The queue of this model is full. Try again in a moment.", self._retry_after()
                 )
-            handles = [Handle(self, job) for job in jobs]
+            handles = [Handle(job, self.cancel) for job in jobs]
             for job in jobs:
                 job.arrived, job.live = now, job.rows
                 self._queues.setdefault(job.key, collections.deque()).append(job)
@@ -295,7 +214,7 @@ class Pool:
         """Builds engines and serves with them until the pool stops or crashes pile up."""
         while not self._stopping:
             try:
-                engine = replica.build()
+                engine = replica.engine = replica.build()
                 replica.max_rows = getattr(engine, "slots", DEFAULT_ROWS)
                 replica.beat = time.monotonic()
                 replica.state = "ready"
@@ -304,6 +223,8 @@ class Pool:
                 self._crashed(replica, error)
                 if replica.state == "failed":
                     return
+            finally:
+                _close(replica)
         replica.state = "stopped"
         self._fail_all(replica, api_errors.unavailable("The engine has stopped.", "engine_stopped"))
 
@@ -429,6 +350,8 @@ class Pool:
             job = replica.running.get(request_id)
             if job is None:
                 continue  # cancelled, and the engine had this step under way
+            if job.first is None:
+                self._ask_cached(replica, job, request_id)
             self._measure(job, batch, now)
             out.append((job, batch))
             reasons = [event.finish_reason for event in batch if event.finish_reason]
@@ -439,6 +362,14 @@ class Pool:
                 if job.live <= 0:
                     del replica.running[request_id]
         self._send(out)
+
+    def _ask_cached(self, replica: Replica, job: Job, request_id: int) -> None:
+        """How much of the prompt the engine found in its cache; not every engine knows."""
+        ask = getattr(replica.engine, "cached_tokens", None)
+        if ask is not None:
+            job.cached = ask(request_id)
+            self.metrics.add("vllm:prefix_cache_queries", self._label, job.prompt_tokens)
+            self.metrics.add("vllm:prefix_cache_hits", self._label, job.cached or 0)
 
     def _measure(self, job: Job, batch: list[Any], now: float) -> None:
         observe = self.metrics.observe
@@ -494,3 +425,14 @@ class Pool:
 def _deliver(batches: list[tuple[Job, Any]]) -> None:
     for job, batch in batches:
         job.deliver(batch)
+
+
+def _close(replica: Replica) -> None:
+    """Lets go of an engine: its cache before the next one is built, its tool threads."""
+    engine, replica.engine = replica.engine, None
+    close = getattr(engine, "close", None)
+    if close is not None:
+        try:
+            close()
+        except Exception as error:  # it is broken already; the next one must come all the same
+            log.warning("closing an engine failed: %s", type(error).__name__)
