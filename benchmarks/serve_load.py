@@ -100,7 +100,7 @@ async def one(port: int, model: str, rng: random.Random, tally: Tally, *, mixed:
     asked = {"model": model, "messages": [{"role": "user", "content": text}], "stream": True,
              "max_tokens": 200, "stream_options": {"include_usage": True}}  # fmt: skip
     if model == "small":
-        asked |= {"max_tokens": number, "ignore_eos": True}
+        asked |= {"max_tokens": number, "ignore_eos": True, "python_tool": False}
     body = json.dumps(asked).encode()
     began = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
@@ -199,6 +199,17 @@ def resources(pid: int) -> tuple[float, int, int]:
     return int(field_of["VmRSS"].split()[0]) / 1024, descriptors, int(field_of["Threads"])
 
 
+def rows_in_use(port: int) -> str:
+    """What the server's own figures say is still running or waiting."""
+    import urllib.request
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    values = [float(line.split()[-1]) for line in lines if line.startswith(names)]
+    return f"{sum(values):g}"
+
+
 def cpu_seconds(pid: int) -> float:
     """Processor time that the server has used, all its threads."""
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -247,8 +258,8 @@ def levels(server: Server, args: argparse.Namespace) -> list[str]:
             lines.append(
                 f"| {model} | {concurrency} | {tally.done} | {tally.left} | {tally.tools} | "
                 f"{tally.shed} | {len(tally.wrong)} | {tally.tokens / args.seconds:,.0f} | "
-                f"{percentiles(tally.first)} | {percentiles(tally.gaps)} | {cost:.2f} | {memory:.0f} | "
-                f"{descriptors} | {threads} |"
+                f"{percentiles(tally.first)} | {percentiles(tally.gaps)} | {cost:.2f} | "
+                f"{memory:.0f} | {descriptors} | {threads} |"
             )
             print(lines[-1], *tally.wrong[:5], flush=True)
     return lines
@@ -288,27 +299,31 @@ def main() -> None:
     with Server(256) as server:
         before = resources(server.process.pid)
         asyncio.run(closed_loop(server.port, "fake", 8, 2))
-        asyncio.run(closed_loop(server.port, "small", 8, 2))
+        # every row once: a cache's memory is there from its first use on
+        asyncio.run(closed_loop(server.port, "small", 2 * SLOTS, args.seconds))
         warm = resources(server.process.pid)
         table = levels(server, args)
         time.sleep(1)
         after = resources(server.process.pid)
+        left = rows_in_use(server.port)
     shed = overload(args)
     lines = [
         "# The server under load", "",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} CPUs, Python "
         f"{platform.python_version()}; `benchmarks/serve_load.py --seconds {args.seconds:g}`. The "
-        "clients run on the same CPUs. Others' work on the machine at the end: a load average of "
-        f"{os.getloadavg()[1]:.1f} over five minutes, this benchmark's own included. `fake` gives a token per row every "
-        f"{STEP_SECONDS * 1e3:g} ms; `small` is a random model (4 layers, 256 wide) behind the "
+        "clients run on the same CPUs. Load average of the machine over five minutes at the end, "
+        f"others' work included: {os.getloadavg()[1]:.1f}. `fake` gives "
+        f"a token per row every {STEP_SECONDS * 1e3:g} ms; `small` is a random model (4 layers, "
+        "256 wide) behind the "
         f"real engine; both have {SLOTS} rows. {CANCELS:.0%} of the requests leave in the middle, "
         f"{TOOLS:.0%} run Python. Times in ms: p50 / p95 / p99.", "",
         "| model | clients | whole | left | with tool | shed | lost or cut | tokens/s | "
-        "first token | gap | CPU ms per token | MB | descriptors | threads |",
+        "first token | gap | CPU ms a token | MB | descriptors | threads |",
         "|" + " --- |" * 14, *table, "",
         f"Resident memory, descriptors, threads: {before[0]:.0f} MB, {before[1]}, {before[2]} at "
         f"the start; {warm[0]:.0f} MB, {warm[1]}, {warm[2]} when warm; {after[0]:.0f} MB, "
-        f"{after[1]}, {after[2]} a second after the last request. Exit code after SIGTERM: "
+        f"{after[1]}, {after[2]} a second after the last request, when the sum of running, waiting "
+        f"and cache in use in its /metrics was {left}. Exit code after SIGTERM: "
         f"{server.code}.", "",
         f"## Overload: {SLOTS} rows, a queue of 16", "",
         "| clients | whole | shed | lost or cut | tokens/s | of peak | shed after | first token | "

@@ -131,6 +131,7 @@ class App:
         request, ignored = parse(scope["fledge.body"], CompletionRequest, context.settings.limits)
         with context.place(scope["fledge.key"]):
             model = context.models.get(request.model)
+            model.pool.check_room(request.n or 1)
             make = (CompletionCall, context, request, model, scope["fledge.key"])
             large = len(scope["fledge.body"]) > LARGE_BODY
             call = await asyncio.to_thread(*make) if large else CompletionCall(*make[1:])

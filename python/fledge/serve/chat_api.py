@@ -172,6 +172,7 @@ async def start_chat(
     """The call, checked and queued; ApiError where it cannot be. Long texts are tokenized in a
     thread, so that the streams of others go on."""
     model = context.models.get(request.model)
+    model.pool.check_room(request.n or 1)
     if model.foreign is not None:
         prompt = await foreign_ids(request, model.tokenizer, model.foreign)
     elif in_thread:

@@ -114,12 +114,7 @@ class Pool:
         rows = sum(job.rows for job in jobs)
         now = time.monotonic()
         with self._changed:
-            if self._stopping or all(r.state in ("failed", "stopped") for r in self.replicas):
-                raise api_errors.unavailable("The engine has stopped.", "engine_stopped")
-            if self._waiting_rows and self._waiting_rows + rows > self.limits.waiting_rows:
-                raise api_errors.busy(
-                    "The queue of this model is full. Try again in a moment.", self._retry_after()
-                )
+            self.check_room(rows)
             handles = [Handle(job, self.cancel) for job in jobs]
             for job in jobs:
                 job.arrived, job.live = now, job.rows
@@ -127,6 +122,16 @@ class Pool:
             self._waiting_rows += rows
             self._changed.notify_all()
         return handles
+
+    def check_room(self, rows: int = 1) -> None:
+        """ApiError where `rows` more would find no room or no engine. Handlers ask before they
+        tokenize, so that what is refused costs little."""
+        if self._stopping or all(r.state in ("failed", "stopped") for r in self.replicas):
+            raise api_errors.unavailable("The engine has stopped.", "engine_stopped")
+        if self._waiting_rows and self._waiting_rows + rows > self.limits.waiting_rows:
+            raise api_errors.busy(
+                "The queue of this model is full. Try again in a moment.", self._retry_after()
+            )
 
     def cancel(self, job: Job) -> None:
         """Marks a job as unwanted, wherever it is."""
