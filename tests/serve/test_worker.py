@@ -85,6 +85,24 @@ def test_jobs_of_a_submission_all_get_in_or_none(toy):
     asyncio.run(run())
 
 
+def test_a_burst_is_not_refused_while_rows_are_free(toy):
+    """The engine thread may be in a step when all of a burst arrive."""
+
+    async def run():
+        async with Bench(toy, Limits(waiting_rows=1), slots=6) as bench:
+            bench.gate.clear()
+            bench.pool.submit([bench.job("say first")])
+            await until(lambda: bench.pool.running == 1)
+            # the engine hangs in its step: nothing is admitted now
+            handles = [bench.pool.submit([bench.job(f"say {i}")])[0] for i in range(6)]
+            with pytest.raises(ApiError):
+                bench.pool.submit([bench.job("say more")])
+            bench.gate.set()
+            assert [await bench.text(h) for h in handles] == [str(i) for i in range(6)]
+
+    asyncio.run(run())
+
+
 def test_a_request_larger_than_the_queue_runs_on_an_idle_server(toy):
     async def run():
         async with Bench(toy, Limits(waiting_rows=1), slots=2) as bench:

@@ -128,7 +128,10 @@ class Pool:
         tokenize, so that what is refused costs little."""
         if self._stopping or all(r.state in ("failed", "stopped") for r in self.replicas):
             raise api_errors.unavailable("The engine has stopped.", "engine_stopped")
-        if self._waiting_rows and self._waiting_rows + rows > self.limits.waiting_rows:
+        # rows that are free now will take some of those that wait before long
+        free = sum(r.max_rows - r.used_rows for r in self.replicas if r.state == "ready")
+        most = self.limits.waiting_rows + max(0, free)
+        if self._waiting_rows and self._waiting_rows + rows > most:
             raise api_errors.busy(
                 "The queue of this model is full. Try again in a moment.", self._retry_after()
             )
