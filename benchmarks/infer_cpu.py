@@ -64,26 +64,21 @@ def table(stored: dict[str, Any]) -> str:
         "temperature 1, the best 50. Milliseconds a decode step: the better of two runs' medians."
         " Ours and the peer's runs alternate in one process.",
         f"Bound: bytes a step must read (weights once, keys and values of every row) over the"
-        f" measured copy bandwidth, {stored['bandwidth'] / 1e9:.1f} GB/s.",
+        f" measured copy bandwidth, at best {stored['bandwidth'] / 1e9:.1f} GB/s.",
+        *([stored["note"]] if stored.get("note") else []),
         "",
         "| shape | batch | prompts | weights | ms a step | tok/s | peer ms | times faster | bound"
         " ms | share of the bound |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for e in stored["entries"]:
-        peer = e.get("peer_step_seconds")
+        step, peer = e["step_seconds"], e.get("peer_step_seconds")
+        bound = e["bound_seconds"] * e["bandwidth"] / stored["bandwidth"]
+        theirs = f"{peer * 1e3:.2f} | {peer / step:.2f}" if peer else " | "
         lines.append(
             f"| {e['shape']} | {e['batch']} | {'one' if e['shared_prompt'] else 'own'}"
-            f" | {e['weights']} | {e['step_seconds'] * 1e3:.2f}"
-            f" | {e['batch'] / e['step_seconds']:,.0f}"
-            f" | {peer * 1e3:.2f} | {peer / e['step_seconds']:.2f}"
-            f" | {e['bound_seconds'] * 1e3:.2f}"
-            f" | {100 * e['bound_seconds'] / e['step_seconds']:.0f} % |"
-            if peer
-            else f"| {e['shape']} | {e['batch']} | {'one' if e['shared_prompt'] else 'own'}"
-            f" | {e['weights']} | {e['step_seconds'] * 1e3:.2f}"
-            f" | {e['batch'] / e['step_seconds']:,.0f} | | | {e['bound_seconds'] * 1e3:.2f}"
-            f" | {100 * e['bound_seconds'] / e['step_seconds']:.0f} % |"
+            f" | {e['weights']} | {step * 1e3:.2f} | {e['batch'] / step:,.0f} | {theirs}"
+            f" | {bound * 1e3:.2f} | {100 * bound / step:.0f} % |"
         )
     lines += [
         "",
@@ -132,6 +127,7 @@ def main() -> None:
     parser.add_argument("--bpb", help="a checkpoint folder")
     parser.add_argument("--text", help="held-out text for --bpb")
     parser.add_argument("--max-bytes", type=int, default=300_000)
+    parser.add_argument("--note", help="what else is to be known of the machine; goes to the table")
     args = parser.parse_args()
 
     import torch
@@ -165,10 +161,12 @@ def main() -> None:
             "torch": torch.__version__,
             "peer": f"transformers {transformers.__version__}",
             "date": date.today().isoformat(),
-            "bandwidth": found[0]["bandwidth"],
+            "bandwidth": max(e["bandwidth"] for e in entries),
         }
     if args.bpb:
         stored["bpb"] = bits_per_byte(args.bpb, args.text, args.max_bytes)
+    if args.note:
+        stored["note"] = args.note
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     TABLE.write_text(table(stored))
     print(table(stored))

@@ -48,7 +48,7 @@ def test_every_layout_is_measured_beside_the_peer(tiny):
     assert [(e["batch"], e["shared_prompt"]) for e in found] == [(1, False), (3, False), (3, True)]
     for entry in found:
         assert len(entry["steps"]) == 4 == len(entry["peer_steps"])
-        assert 0 < entry["step_seconds"] and 0 < entry["peer_first_seconds"]
+        assert entry["step_seconds"] > 0 and entry["peer_first_seconds"] > 0
 
 
 def test_the_bench_prints_rows_with_their_peer(tiny):

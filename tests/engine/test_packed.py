@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.helpers_model import tiny_model, tiny_tokenizer
 
-from fledge.engine import Engine, SamplingParams
+from fledge.engine import Engine, SamplingParams, linears
 from fledge.engine.attention_plan import DecodePlan, _attend_by_products
 from fledge.engine.linears import Int8Linear, PlainLinear, has_onednn, pack, pack_swiglu
 from fledge.engine.packed import PackedRunner
@@ -67,10 +67,13 @@ def test_attention_by_products_equals_its_readable_twin(masked):
     q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
     visible = torch.arange(11) < torch.tensor([11, 4, 7])[:, None]
     mask = torch.zeros(3, 11).masked_fill(~visible, float("-inf"))[:, None, None]
-    got = _attend_by_products(q, k, v, mask if masked else None)
+    got, lse = _attend_by_products(q, k, v, mask if masked else None, want_lse=True)
     allowed = visible[:, None, None] if masked else torch.ones(1, 11, dtype=torch.bool)
     expected = naive_attend(q, k, v, allowed)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    scores = q @ k.transpose(-1, -2) / 8**0.5 + (mask if masked else 0)
+    expected = scores.logsumexp(dim=-1)
+    torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_neighbouring_rows_of_like_length_share_a_call():
@@ -87,7 +90,9 @@ def test_neighbouring_rows_of_like_length_share_a_call():
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("shape", [(96, 32), (32, 96), (1024, 48)])
-def test_products_equal_their_readable_twin(weights, rows, shape):
+@pytest.mark.parametrize("fuse_from", [0, 2**60])
+def test_products_equal_their_readable_twin(weights, rows, shape, fuse_from, monkeypatch):
+    monkeypatch.setattr(linears, "FUSE_FROM", fuse_from)
     generator = torch.Generator().manual_seed(0)
     weight, other = torch.randn(2, *shape, generator=generator)
     x = torch.randn(rows, shape[1], generator=generator)

@@ -136,6 +136,7 @@ def test_only_allowed_tokens_come():
         {"repetition_penalty": 0.0},
         {"n": 0},
         {"top_logprobs": -1},
+        {"top_logprobs": 1, "logprobs": False},
         {"logit_bias": {1: float("nan")}},
     ],
 )

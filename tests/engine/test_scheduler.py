@@ -13,8 +13,9 @@ import pytest
 import torch
 from tests.helpers_model import tiny_model, tiny_tokenizer
 
-from fledge.engine import Engine, Request, SamplingParams, TokenEvent
+from fledge.engine import Engine, Request, SamplingParams, TokenEvent, scheduler
 from fledge.engine.tools import Tools
+from fledge.model import ModelConfig, Transformer
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model(TOKENIZER.vocab_size, context=160)
@@ -120,7 +121,10 @@ def drive(engine: Engine, rng: random.Random, tools: Tools, count: int) -> list[
 @pytest.mark.parametrize(
     ("seed", "slots", "chunk"), [(0, 4, 7), (1, 9, 64), (2, 3, 5), (3, 16, 33)]
 )
-def test_any_interleaving_gives_the_naive_answers(seed, slots, chunk, deterministic, packed):
+def test_any_interleaving_gives_the_naive_answers(
+    seed, slots, chunk, deterministic, packed, monkeypatch
+):
+    monkeypatch.setattr(scheduler, "DETERMINISTIC_SHARE", 48)
     rng = random.Random(seed)
     subject = Engine(
         MODEL,
@@ -248,14 +252,29 @@ def test_choices_outnumber_the_slots():
             assert [client.answers[c] for c in range(7)] == [naive([*prompt, i], params, None)] * 7
 
 
-def test_a_deterministic_row_is_bitwise_the_same_in_any_company():
+@pytest.mark.parametrize("share_from", [48, 512])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_deterministic_row_is_bitwise_the_same_in_any_company(threads, share_from, monkeypatch):
     """Log-probabilities are compared as bits: one bucket, one chunk size, own cuts."""
+    monkeypatch.setattr(scheduler, "DETERMINISTIC_SHARE", share_from)
+    before = torch.get_num_threads()
     rng = random.Random(5)
+    config = ModelConfig(384, 128, 2, 4, 4, 64, 96, 320, tie_word_embeddings=False)
+    model = Transformer(config, seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, n=2, ignore_eos=True)
-    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 90))] for _ in range(9)]
-    together = live(deterministic=True, chunk_tokens=32).generate(prompts, params)
-    for prompt, expected in zip(prompts, together, strict=True):
-        assert live(deterministic=True, chunk_tokens=32).generate([prompt], params) == [expected]
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 200))] for _ in range(9)]
+    try:
+        torch.set_num_threads(threads)
+        subject = Engine(model, TOKENIZER, deterministic=True, chunk_tokens=32)
+        together = subject.generate(prompts, params)
+        for prompt, expected in zip(prompts, together, strict=True):
+            assert subject.generate([prompt], params) == [expected]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_new_weights_end_what_was_remembered():
@@ -279,3 +298,18 @@ def test_leaving_a_stream_early_frees_its_row():
     stream.close()
     assert subject.in_flight == 0 and subject.step() == []
     assert len(subject.generate([[1, 2]], SamplingParams(max_tokens=3))[0][0].ids) <= 3
+
+
+def test_log_probabilities_are_left_out_where_nobody_wants_them():
+    subject = live()
+    wanted = SamplingParams(max_tokens=4, top_logprobs=2, ignore_eos=True)
+    unwanted = SamplingParams(max_tokens=4, logprobs=False, ignore_eos=True)
+    ids = [subject.add(Request([1, 2, 3], p)) for p in (wanted, unwanted)]
+    seen = {i: [] for i in ids}
+    while subject.in_flight:
+        for event in subject.step():
+            seen[event.request_id].append(event)
+    assert [e.token for e in seen[ids[0]]] == [e.token for e in seen[ids[1]]]
+    assert all(e.logprob < 0 and len(e.top_logprobs) == 2 for e in seen[ids[0]])
+    assert all(e.top_logprobs[0] == (e.token, e.logprob) for e in seen[ids[0]])
+    assert all(e.logprob == 0 and e.top_logprobs == [] for e in seen[ids[1]])

@@ -104,7 +104,12 @@ def make_engine(model: Transformer, weights: str = "float32", *, chunk: int = 51
 def time_engine(engine: Engine, batch: int, steps: int, *, shared: bool = False) -> Timed:
     """`batch` rows of their own prompts, or of one prompt that they share."""
     params = SamplingParams(
-        max_tokens=1400, temperature=1.0, top_k=50, ignore_eos=True, n=batch if shared else 1
+        max_tokens=1400,
+        temperature=1.0,
+        top_k=50,
+        ignore_eos=True,
+        n=batch if shared else 1,
+        logprobs=False,  # the peer computes none either
     )
     began = time.perf_counter()
     ids = [engine.add(Request(prompt(i), params)) for i in range(1 if shared else batch)]
@@ -133,8 +138,9 @@ class Peer:
 
         logging.set_verbosity_error()
         c = model.config
-        self.model = Qwen3ForCausalLM(
-            Qwen3Config(
+        config: Any = Qwen3Config
+        self.model: Any = Qwen3ForCausalLM(
+            config(
                 vocab_size=c.vocab_size,
                 hidden_size=c.hidden_size,
                 intermediate_size=c.intermediate_size,

@@ -24,6 +24,7 @@ from fledge.engine.runner import DECODE_BUCKET, Runner
 from fledge.model import Transformer
 from fledge.model.attention import attend
 from fledge.model.kv_cache import Piece
+from fledge.model.transformer import Block
 
 
 class Plan(Protocol):
@@ -86,6 +87,7 @@ class PackedRunner(Runner):
         order = torch.arange(c.head_dim).view(2, -1).T.flatten()  # 0, K/2, 1, K/2 + 1, ...
         self._layers = []
         for block in model.layers:
+            assert isinstance(block, Block)
             attention, mlp = block.self_attn, block.mlp
             qk = torch.cat((attention.q_proj.weight, attention.k_proj.weight))
             qk = qk.view(-1, c.head_dim, c.hidden_size)[:, order].flatten(0, 1)

@@ -42,6 +42,7 @@ class SamplingParams:
     n: int = 1
     stop_token_ids: Sequence[int] = ()  # besides the model's own end tokens
     ignore_eos: bool = False  # the model's own end tokens do not end the answer
+    logprobs: bool = True  # False: events carry 0.0, and a pass over the vocabulary is saved
     top_logprobs: int = 0  # how many alternatives each token event lists
 
     def __post_init__(self) -> None:
@@ -59,7 +60,10 @@ class SamplingParams:
                 "numbers from -10000 to 10000",
             ),
             "n": (self.n >= 1, "at least 1"),
-            "top_logprobs": (0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "from 0 to 100"),
+            "top_logprobs": (
+                0 <= self.top_logprobs <= (MAX_TOP_LOGPROBS if self.logprobs else 0),
+                "from 0 to 100, and 0 without logprobs",
+            ),
         }
         for name, (good, wanted) in bounds.items():
             if not good:

@@ -188,9 +188,7 @@ def _invert(shares: Tensor, uniforms: Tensor) -> Tensor:
     In float64, so that the tail keeps its mass.
     """
     cumulative = shares.double().cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    target = uniforms.double()[:, None] * total
     # rounding must not reach the total: behind it stand only candidates of share 0
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    target = uniforms.double()[:, None] * (cumulative[:, -1:] * (1 - 2**-52))
     picked = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return picked.clamp_(max=shares.shape[-1] - 1)

@@ -25,8 +25,8 @@ from fledge.engine.sampling import adjust, sample, uniform
 from fledge.engine.tools import Tools, ToolState
 from fledge.model.kv_cache import Piece, Segment
 
+DETERMINISTIC_SHARE = 512  # tokens
 TOOL_THREADS = 4
-KEPT_FROM_ROWS = 4
 TOOL_WAIT_SECONDS = 0.01  # a step with nothing to compute waits this long for a tool
 
 
@@ -115,6 +115,8 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.deterministic = deterministic
         self.poison = poison
+        # deterministic rows read a shared prompt one by one, so a copy costs less up to here
+        self.share_from = DETERMINISTIC_SHARE if deterministic else MIN_SHARE
         self.groups: deque[Group] = deque()
         self.rows: list[Row] = []
         self.cancelled: list[TokenEvent] = []
@@ -193,7 +195,7 @@ class Scheduler:
         """Choices that begin behind a prompt that was read for the first choice."""
         assert group.logits is not None
         prompt, begun = group.request.prompt, []
-        share = len(prompt) >= MIN_SHARE
+        share = len(prompt) >= self.share_from
         while group.waiting:
             segments = group.segments if share else ()
             grant = self.pool.acquire_behind(segments, prompt)
@@ -273,7 +275,7 @@ class Scheduler:
             if group.leader is leader and group.waiting and group.logits is None:
                 length = len(leader.prompt)
                 group.logits = logits[rows.index(leader)].clone()
-                if length >= MIN_SHARE:
+                if length >= self.share_from:
                     leader.segments = self.pool.share_own_prefix(leader.slot, length)
                 group.segments = self.pool.segments_of(leader.slot, length)
                 self.pool.hold(group.segments)
@@ -311,13 +313,14 @@ class Scheduler:
             )
         picked = sample(adjusted, draws.to(logits.device), [r.params for r in rows])
         # log-probabilities are of the model itself, in float32
-        logits = logits.float()
-        norms = self._norms(logits)
-        logprobs = logits.gather(1, picked[:, None])[:, 0] - norms
-        best = self._top_logprobs(rows, logits, norms)
+        logprobs, best = [0.0] * len(rows), {}
+        if any(r.params.logprobs for r in rows):
+            table = self._log_softmax(logits)
+            logprobs = table.gather(1, picked[:, None])[:, 0].tolist()
+            best = self._top_logprobs(rows, table)
         events = []
         for i, (row, token, logprob) in enumerate(
-            zip(rows, picked.tolist(), logprobs.tolist(), strict=True)
+            zip(rows, picked.tolist(), logprobs, strict=True)
         ):
             row.ids.append(token)
             row.unread.append(token)
@@ -333,7 +336,7 @@ class Scheduler:
                     row.request_id,
                     row.choice,
                     token,
-                    logprob,
+                    logprob if row.params.logprobs else 0.0,
                     best.get(i, []),
                     sampled=True,
                     finish_reason=row.finish_reason,
@@ -341,29 +344,20 @@ class Scheduler:
             )
         return events
 
-    def _norms(self, logits: Tensor) -> Tensor:
-        """log-sum-exp [rows], in memory that is kept: fresh pages cost more than the sum.
-
-        A deterministic engine does the same for every number of rows.
-        """
-        if len(logits) < KEPT_FROM_ROWS and not self.deterministic:
-            return logits.logsumexp(dim=-1)
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        """[rows, V], in memory that is kept: fresh pages cost more than the sums."""
         if self._scratch.numel() < logits.numel() or self._scratch.device != logits.device:
             self._scratch = torch.empty(logits.numel(), device=logits.device)
-        buffer = self._scratch[: logits.numel()].view(logits.shape)
-        largest = logits.amax(dim=-1, keepdim=True)
-        torch.sub(logits, largest, out=buffer)
-        return buffer.exp_().sum(dim=-1).log_().add_(largest[:, 0])
+        out = self._scratch[: logits.numel()].view(logits.shape)
+        return torch.log_softmax(logits.float(), dim=-1, out=out)
 
     @staticmethod
-    def _top_logprobs(
-        rows: list[Row], logits: Tensor, norms: Tensor
-    ) -> dict[int, list[tuple[int, float]]]:
+    def _top_logprobs(rows: list[Row], table: Tensor) -> dict[int, list[tuple[int, float]]]:
         wanted = {i: r.params.top_logprobs for i, r in enumerate(rows) if r.params.top_logprobs}
         found: dict[int, list[tuple[int, float]]] = {}
         for i, count in wanted.items():
-            values, ids = logits[i].topk(min(count, logits.shape[-1]))
-            found[i] = [*zip(ids.tolist(), (values - norms[i]).tolist(), strict=True)]
+            values, ids = table[i].topk(min(count, table.shape[-1]))
+            found[i] = [*zip(ids.tolist(), values.tolist(), strict=True)]
         return found
 
     def _maybe_call_tool(self, row: Row, token: int) -> None:

@@ -57,7 +57,7 @@ class ChatCall:
             request,
             model,
             max_tokens=room_for(prompt, model, asked, param="messages"),
-            top_logprobs=(request.top_logprobs or 0) if request.logprobs else 0,
+            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             banned=banned,
         )
         self.tools: Any = None

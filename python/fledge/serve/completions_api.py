@@ -151,7 +151,7 @@ class CompletionCall:
             params = sampling_params(
                 request, model,
                 max_tokens=room_for(prompt, model, asked, param="prompt"),
-                top_logprobs=request.logprobs or 0,
+                top_logprobs=request.logprobs,
             )  # fmt: skip
             self.jobs.append(
                 Job(EngineRequest(prompt, params), rows=n, key=key, prompt_tokens=len(prompt))

@@ -20,10 +20,13 @@ def sampling_params(
     model: ServedModel,
     *,
     max_tokens: int,
-    top_logprobs: int,
+    top_logprobs: int | None,
     banned: tuple[int, ...] = (),
 ) -> SamplingParams:
-    """How the engine continues the prompts of `request`; ApiError names a wrong field."""
+    """How the engine continues the prompts of `request`; ApiError names a wrong field.
+
+    `top_logprobs` None means that nobody asked for any, which saves the engine a pass.
+    """
     bias = dict.fromkeys(banned, BAN)
     for key, value in (request.logit_bias or {}).items():
         if not (key.isascii() and key.isdigit()) or int(key) >= model.tokenizer.vocab_size:
@@ -45,7 +48,8 @@ def sampling_params(
         seed=secrets.randbits(63) if request.seed is None else request.seed,
         n=request.n or 1,
         ignore_eos=request.ignore_eos,
-        top_logprobs=top_logprobs,
+        logprobs=top_logprobs is not None,
+        top_logprobs=top_logprobs or 0,
     )
 
 
