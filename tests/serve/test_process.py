@@ -68,7 +68,8 @@ def test_the_real_thing(toy, tmp_path):
     finally:
         process.kill()
         process.wait()
-        process.stderr and process.stderr.close()
+        if process.stderr:
+            process.stderr.close()
 
 
 @pytest.mark.parametrize("grace", [30.0, 0.3])
@@ -107,7 +108,8 @@ def test_sigterm_under_64_streams(grace):
     finally:
         process.kill()
         process.wait()
-        process.stdout and process.stdout.close()
+        if process.stdout:
+            process.stdout.close()
 
 
 class Stream:
