@@ -61,7 +61,7 @@ def test_help_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "verb",
     [
-        *("plan", "doctor", "eval", "chat", "report", "bench", "data", "tok"),
+        *("plan", "doctor", "eval", "chat", "serve", "report", "bench", "data", "tok"),
         *("data list", "data make", "data check", "data stats"),
         *("tok train", "tok eval", "tok encode", "tok decode"),
     ],

@@ -111,7 +111,8 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     build = [r for r in extras["dev"] if r.startswith("maturin")]
-    core = [TORCH, *project["dependencies"][1:], *extras["report"], *build]
+    parts = [*extras["report"], *extras["serve"], *build]
+    core = [TORCH, *project["dependencies"][1:], *parts]
     print("resolving for this machine ...", flush=True)
     everything = resolve([*core, *extras["dev"]])
     constraints = [f"{name}=={version}" for name, version in everything.items()]

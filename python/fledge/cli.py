@@ -459,6 +459,13 @@ def verb_sweep(words: list[str]) -> int:
     return sweep(words)
 
 
+def verb_serve(words: list[str]) -> int:
+    """`fledge serve`: the OpenAI-compatible server."""
+    from fledge.cli_serve import serve
+
+    return serve(words)
+
+
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -502,6 +509,11 @@ VERBS: dict[str, Verb] = {
         "exams of a run's last stage or of a checkpoint folder, with intervals",
     ),
     "chat": Verb(verb_chat, "MODEL [-p PROMPT]", "talk to a model"),
+    "serve": Verb(
+        verb_serve,
+        "MODEL [--host 127.0.0.1] [--port 8000] [--api-keys FILE]",
+        "the OpenAI-compatible server and the web page",
+    ),
     "report": Verb(verb_report, "RUN [RUN2]", "render the report again; two runs side by side"),
     "sweep": Verb(
         verb_sweep,

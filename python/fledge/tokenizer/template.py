@@ -38,13 +38,14 @@ def render_template(
     add_generation_prompt: bool = False,
 ) -> str:
     """What the template `source` makes of `messages`. Raises jinja2.TemplateError."""
-    return _compiled(source).render(
+    return compile_template(source).render(
         messages=messages, bos_token=bos_token, add_generation_prompt=add_generation_prompt
     )
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> Template:
+def compile_template(source: str) -> Template:
+    """The template in Jinja's immutable sandbox, with the filters that chat templates expect."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag]
     )

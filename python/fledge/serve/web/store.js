@@ -1,0 +1,45 @@
+// Conversations in IndexedDB: {id, title, changed, model, messages}. Where the browser refuses
+// storage (private windows), they live as long as the page.
+
+const memory = new Map();
+let opened = null;
+
+function open() {
+  opened ??= new Promise((resolve) => {
+    try {
+      const request = indexedDB.open("fledge", 1);
+      request.onupgradeneeded = () => request.result.createObjectStore("chats", { keyPath: "id" });
+      request.onsuccess = () => resolve(request.result);
+      request.onerror = () => resolve(null);
+    } catch {
+      resolve(null);
+    }
+  });
+  return opened;
+}
+
+async function run(mode, work) {
+  const base = await open();
+  if (!base) return null;
+  return new Promise((resolve) => {
+    const request = work(base.transaction("chats", mode).objectStore("chats"));
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => resolve(null);
+  });
+}
+
+export async function all() {
+  const found = (await run("readonly", (s) => s.getAll())) ?? [...memory.values()];
+  return found.sort((a, b) => b.changed - a.changed);
+}
+
+export async function save(chat) {
+  chat.changed = Date.now();
+  memory.set(chat.id, chat);
+  await run("readwrite", (s) => s.put(structuredClone(chat)));
+}
+
+export async function remove(id) {
+  memory.delete(id);
+  await run("readwrite", (s) => s.delete(id));
+}
