@@ -228,10 +228,7 @@ def _bench(words: list[str]) -> int:
             "the bench does not know how to load it",
             f"give some of {', '.join(map(repr, bench_tok.PEERS))}",
         )
-    if args.text is None:
-        texts = bench_tok.almanac_prose()
-    else:
-        texts = (text for file in _files(args.text) for _, text in _documents(file))
+    texts = bench_tok.almanac_prose() if args.text is None else documents(args.text)
     rows = bench_tok.run(texts, settings, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps({"results": rows}, indent=2) if args.json else bench_tok.table(rows))
     return EXIT_DONE
@@ -260,6 +257,11 @@ def _files(paths: list[Path]) -> Iterator[SourceFile]:
         for note in notes:
             print(note, file=sys.stderr)
         yield from found
+
+
+def documents(paths: list[Path]) -> Iterator[str]:
+    """The texts of files and folders, one after the other."""
+    return (text for file in _files(paths) for _, text in _documents(file))
 
 
 def _documents(file: SourceFile) -> Iterator[tuple[str, str]]:

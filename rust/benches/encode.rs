@@ -65,7 +65,9 @@ fn benches(c: &mut Criterion) {
         let parts = cut(&text);
         group.bench_function("short/u16", |b| {
             b.iter(|| {
-                let ids = parts.iter().map(|part| bpe.encode_u16(black_box(part)).len());
+                let ids = parts
+                    .iter()
+                    .map(|part| bpe.encode_u16(black_box(part)).len());
                 ids.sum::<usize>()
             });
         });

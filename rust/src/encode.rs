@@ -27,6 +27,7 @@ use crate::masks::{has_avx2, Avx2};
 use crate::masks::{Level, Plain};
 use crate::merge::{Merges, MAX_TOKENS, SHORT};
 use crate::split::{split, Pattern, Pieces};
+use crate::unicode::Table;
 use crate::words::{Cache, Key, Words, CACHED_BYTES, INLINE, KEY_BYTES, WIDE};
 use crate::FIRST_MERGE_ID;
 
@@ -160,8 +161,8 @@ impl Batch {
                 break;
             };
             let end = num + bits.count_ones() as usize;
-            // Sixteen at a time, as nearly every block has fewer; what is too
-            // much is overwritten.
+            // Fifteen at a time: few blocks have more. What is too much is
+            // overwritten.
             while num < end {
                 for bound in &mut self.bounds[num + 1..][..15] {
                     *bound = base + bits.trailing_zeros() as usize;
@@ -241,6 +242,9 @@ impl Bpe {
         table: Merges,
         words: Words,
     ) -> Bpe {
+        if pattern.rule().is_some() {
+            Table::get(); // now, and not in the first call of encode
+        }
         let caches = Mutex::new(Vec::new());
         Bpe {
             pattern,

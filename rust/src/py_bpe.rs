@@ -135,8 +135,8 @@ impl PyBpe {
         let bytes = released(py, 4 * ids.len(), || self.bpe.decode(&ids))?;
         let errors = CString::new(errors)?;
         let len = bytes.len() as ffi::Py_ssize_t; // a Vec is no longer than that
-        // SAFETY: `bytes` and `errors` live during the call, which returns a new reference to a
-        // str, or NULL with an exception set.
+                                                  // SAFETY: `bytes` and `errors` live during the call, which returns a new reference to a
+                                                  // str, or NULL with an exception set.
         unsafe {
             let text = ffi::PyUnicode_DecodeUTF8(bytes.as_ptr().cast(), len, errors.as_ptr());
             Ok(Bound::from_owned_ptr_or_err(py, text)?.cast_into_unchecked())
@@ -209,22 +209,27 @@ fn released<T: Send>(py: Python<'_>, bytes: usize, compute: impl FnOnce() -> T +
 
 /// The numbers of a list of ids; OverflowError for what no id can be.
 fn numbers(list: &Bound<'_, PyList>) -> PyResult<Vec<u32>> {
-    let mut numbers = Vec::with_capacity(list.len());
-    // The list is asked for its length anew: the `__index__` of what it holds may change it.
-    while numbers.len() < list.len() {
-        // SAFETY: the place is below the length. The reference is borrowed from the list, and
-        // PyLong_AsLongLong calls no Python code for an int; for anything else it is kept alive.
+    let mut len = list.len();
+    let mut numbers = Vec::with_capacity(len);
+    while numbers.len() < len {
+        // SAFETY: the place is below the length, for the list can only have changed where Python
+        // code ran, and then it was asked again. The reference is borrowed from the list;
+        // PyLong_AsLongLong calls no Python code for an int, and for anything else it is kept alive.
         let number = unsafe {
             let item = ffi::PyList_GetItem(list.as_ptr(), numbers.len() as ffi::Py_ssize_t);
             if ffi::PyLong_CheckExact(item) != 0 {
                 ffi::PyLong_AsLongLong(item)
             } else {
-                Bound::from_borrowed_ptr(list.py(), item).extract::<i64>()?
+                let number = Bound::from_borrowed_ptr(list.py(), item).extract::<i64>()?;
+                len = list.len(); // its `__index__` may have changed the list
+                number
             }
         };
         let Ok(id) = u32::try_from(number) else {
             let error = PyErr::take(list.py());
-            return Err(error.unwrap_or_else(|| PyOverflowError::new_err("an id below 0 or above 2^32")));
+            return Err(error.unwrap_or_else(|| {
+                PyOverflowError::new_err("an id below 0, or of more than 32 bits")
+            }));
         };
         numbers.push(id);
     }
@@ -240,7 +245,7 @@ fn wide(offsets: Vec<usize>) -> Vec<u64> {
 pub(crate) struct Memory {
     start: *mut u8,
     num_bytes: usize,
-    capacity: usize,                     // of the Vec that it was
+    capacity: usize,                 // of the Vec that it was
     free: unsafe fn(*mut u8, usize), // start, capacity
 }
 
@@ -293,10 +298,17 @@ impl Memory {
     ) -> PyResult<()> {
         let (memory, writable) = (slf.get(), 0);
         let len = memory.num_bytes as ffi::Py_ssize_t; // a Vec is no longer than that
-        // SAFETY: Python calls this with a view to fill in; the memory lives as long as `slf`, to
-        // which the filled-in view holds a reference.
+                                                       // SAFETY: Python calls this with a view to fill in; the memory lives as long as `slf`, to
+                                                       // which the filled-in view holds a reference.
         let status = unsafe {
-            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), memory.start.cast(), len, writable, flags)
+            ffi::PyBuffer_FillInfo(
+                view,
+                slf.as_ptr(),
+                memory.start.cast(),
+                len,
+                writable,
+                flags,
+            )
         };
         if status == 0 {
             Ok(())

@@ -1,10 +1,10 @@
 """The tokenizer beside its peers: training, encoding, decoding and hostile text, in one run.
 
 `fledge tok bench` and `fledge bench tok` call `run`. Every measurement is a process of its own
-(`tok_jobs.py`), so that caches are cold, memory is its own, and a peer cannot disturb the next; the
-contenders take turns, and a ratio is the median over the rounds with its smallest and largest. Peers
-that are not installed are named and left out. Nothing here is called by the product, and nothing
-gates on seconds.
+(`tok_jobs.py`), so that caches are cold, memory is its own, and a peer cannot disturb the next;
+the contenders take turns, and a ratio is the median over the rounds with its smallest and largest.
+Peers that are not installed are named and left out. Nothing here is called by the product, and
+nothing gates on seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One measurement of the tokenizer bench, in a process of its own: `python -m fledge.bench.tok_jobs`.
+"""One measurement of the tokenizer bench, in its own process: `python -m fledge.bench.tok_jobs`.
 
 `fledge.bench.tok` starts it with a job as JSON and reads what it prints: seconds and bytes of a
 training, or MB/s of every form that the contender has. A contender is a folder's tokenizer loaded
@@ -34,6 +34,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """What a job measures."""
     if job["what"] == "train":
         return work_train(job)
+    import numpy  # noqa: F401  # for all alike: some import it in their first call
+
     folder = Path(job["folder"])
     forms = LOADERS[job["name"]](folder / "tokenizer", job.get("threads", 1))
     if job["what"] == "hostile":

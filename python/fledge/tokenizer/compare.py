@@ -2,9 +2,9 @@
 
 `fledge tok eval` measures a tokenizer of ours beside those found on this machine: GPT-2, GPT-4 and
 GPT-4o where tiktoken's cache holds them, and every `tokenizer.json` or tiktoken file that is named
-or lies in FLEDGE_HOME/tokenizers. A tokenizer.json is counted by its own library, so a difference is
-theirs and not ours; a tiktoken file by our engine, whose ids are tested equal to tiktoken's with the
-same ranks. Nothing here trains, writes or reaches the network.
+or lies in FLEDGE_HOME/tokenizers. A tokenizer.json is counted by its own library, so a difference
+is theirs and not ours; a tiktoken file by our engine, whose ids are tested equal to tiktoken's with
+the same ranks. Nothing here trains, writes or reaches the network.
 """
 
 from __future__ import annotations
