@@ -217,7 +217,7 @@ struct Pair([Slot; 2]);
 const NO_PAIR: Pair = Pair([EMPTY; 2]);
 const FIRST_PAIRS: usize = 1 << 9;
 const MAX_PAIRS: usize = 1 << 17;
-const RING: usize = 1 << 18;
+const RING: usize = 1 << 19;
 /// Places start again before they would repeat.
 const MAX_HEAD: u32 = u32::MAX - 2 * RING as u32;
 /// A piece that found its pair full is in one of those around it.
@@ -230,7 +230,7 @@ pub(crate) const INLINE: usize = 4;
 
 impl Cache {
     /// A full cache takes less: 8 MiB of slots, a quarter as much while it
-    /// grows to that, and 1 MiB of ring.
+    /// grows to that, and 2 MiB of ring.
     pub(crate) const MAX_BYTES: usize =
         MAX_PAIRS * size_of::<Pair>() * 5 / 4 + RING * size_of::<u32>() + (1 << 10);
 
