@@ -5,25 +5,41 @@ from os import PathLike
 
 Progress = Callable[[str, int, int | None], object]  # phase "count" or "merge", done, total
 
+class Memory:
+    """Numbers that numpy takes for its own memory, without a copy; they may be written to."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class Bpe:
     """A trained byte-level BPE: split pattern and merges. Safe to use from several threads."""
 
     def __init__(self, merges: Sequence[tuple[int, int]], pattern: str) -> None: ...
+    @classmethod
+    def from_ranks(cls, tokens: Sequence[bytes], pattern: str) -> Bpe:
+        """The BPE of tokens in the order of their ranks, with the ids of tiktoken. ValueError."""
     @property
-    def merges(self) -> list[tuple[int, int]]: ...
+    def merges(self) -> list[tuple[int, int]]:
+        """Empty after `from_ranks`."""
     @property
     def pattern(self) -> str: ...
     @property
     def num_tokens(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]: ...
-    def encode_array(self, text: str, *, wide: bool) -> bytearray:
-        """The ids as the memory of an array of uint32, or of uint16 if not `wide`."""
-    def encode_batch_array(
-        self, texts: Sequence[str], threads: int | None = None, *, wide: bool
-    ) -> tuple[bytearray, bytearray]:
+    def encode_u16(self, text: str) -> Memory:
+        """The ids as the memory of an array of uint16, for at most 65,536 tokens."""
+    def encode_u32(self, text: str) -> Memory:
+        """The ids as the memory of an array of uint32."""
+    def encode_batch_u16(
+        self, texts: Sequence[str], threads: int | None = None
+    ) -> tuple[Memory, Memory]:
         """All ids as one such array, and uint64 where each text begins and the last ends."""
+    def encode_batch_u32(
+        self, texts: Sequence[str], threads: int | None = None
+    ) -> tuple[Memory, Memory]: ...
     def count(self, text: str) -> int: ...
+    def decode(self, ids: list[int], errors: str) -> str:
+        """The text of `ids`; `errors` says what becomes of bytes that are no UTF-8."""
     def decode_array(self, ids: bytes) -> bytes:
         """`decode_bytes` of an array of uint32 given by its memory."""
     def decode_bytes(self, ids: Sequence[int]) -> bytes: ...

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fledge.tokenizer.compare import Domain
 
 PATTERNS = ("qwen2", "llama3", "gpt4-2", "o200k")
+_BENCH_PARTS = ("train", "document", "loop", "batch", "decode", "hostile")
 _DOMAIN_FIELDS = ("name", "lang", "language", "source", "domain")  # of a line of .jsonl
 
 
@@ -203,9 +204,10 @@ def _bench(words: list[str]) -> int:
     parser.add_argument("--vocab-size", type=positive, default=32768)
     parser.add_argument("--runs", type=positive, default=5, help="rounds; a ratio is their median")
     parser.add_argument("--threads", type=positive, default=2, help="for training and batches")
+    parser.add_argument("--parts", nargs="+", choices=_BENCH_PARTS, default=_BENCH_PARTS)
     parser.add_argument(
-        "--parts", nargs="+", choices=("train", "encode", "hostile"),
-        default=["train", "encode", "hostile"],
+        "--peers", nargs="*", metavar="NAME",
+        help='only beside these, such as gigatoken "HF tokenizers" (default: all that are here)',
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args(words)
@@ -217,11 +219,16 @@ def _bench(words: list[str]) -> int:
         runs=args.runs,
         threads=args.threads,
         parts=tuple(args.parts),
+        peers=bench_tok.PEERS if args.peers is None else tuple(args.peers),
     )
-    if args.text is None:
-        texts = bench_tok.almanac_prose()
-    else:
-        texts = (text for file in _files(args.text) for _, text in _documents(file))
+    unknown = set(settings.peers) - set(bench_tok.PEERS)
+    if unknown:
+        raise UserError(
+            f"there is no peer {min(unknown)!r}",
+            "the bench does not know how to load it",
+            f"give some of {', '.join(map(repr, bench_tok.PEERS))}",
+        )
+    texts = bench_tok.almanac_prose() if args.text is None else documents(args.text)
     rows = bench_tok.run(texts, settings, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps({"results": rows}, indent=2) if args.json else bench_tok.table(rows))
     return EXIT_DONE
@@ -252,17 +259,21 @@ def _files(paths: list[Path]) -> Iterator[SourceFile]:
         yield from found
 
 
+def documents(paths: list[Path]) -> Iterator[str]:
+    """The texts of files and folders, one after the other."""
+    return (text for file in _files(paths) for _, text in _documents(file))
+
+
 def _documents(file: SourceFile) -> Iterator[tuple[str, str]]:
     """(domain, text) of a file: a line's name, language or source, else the name of the file."""
     from fledge.data import text_files
 
     stem = Path(file.relative).name.partition(".")[0]
     if file.format == "jsonl":
-        for (_, line), text in zip(
-            text_files.json_lines(file), text_files.jsonl_texts(file), strict=False
-        ):
+        for number, line in text_files.json_lines(file):
             labels = (line.get(name) for name in _DOMAIN_FIELDS)
-            yield next((str(label) for label in labels if label), stem), text
+            domain = next((str(label) for label in labels if label), stem)
+            yield domain, text_files.text_of(line, file, number)
         return
     read = text_files.parquet_texts if file.format == "parquet" else text_files.text_documents
     for text in read(file):

@@ -11,7 +11,9 @@
 //! (o200k's letters without case, its marks, its slashes after newlines) is
 //! left to [`crate::scan`], one piece after another until the block is over.
 
-use crate::masks::{classify, inner_bytes, Masks, BLOCK};
+#[cfg(target_arch = "x86_64")]
+use crate::masks::{has_avx2, Avx2};
+use crate::masks::{Level, Masks, Plain, BLOCK};
 use crate::scan::{contraction, Scanner};
 use crate::split::{Family, Rule};
 use crate::unicode::{Class, ClassSet};
@@ -79,12 +81,38 @@ impl<'a> Blocks<'a> {
 
     /// A place and a mask that is not 0: pieces end at the place + each bit.
     pub(crate) fn next_ends(&mut self) -> Option<(usize, u64)> {
+        #[cfg(target_arch = "x86_64")]
+        if has_avx2() {
+            // SAFETY: the machine has just been asked.
+            return unsafe { self.next_ends_avx2() };
+        }
+        // SAFETY: every machine has this level.
+        unsafe { self.next_ends_at::<Plain>() }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+    fn next_ends_avx2(&mut self) -> Option<(usize, u64)> {
+        // SAFETY: this function may only be called where the machine has it.
+        unsafe { self.next_ends_at::<Avx2>() }
+    }
+
+    /// [`Blocks::next_ends`] with what a machine of level `L` can do.
+    ///
+    /// # Safety
+    ///
+    /// The machine is of that level.
+    #[inline(always)]
+    pub(crate) unsafe fn next_ends_at<L: Level>(&mut self) -> Option<(usize, u64)> {
         let len = self.scanner.text.len();
         while self.next < len {
             let base = self.next;
-            let mut starts = match self.scanner.rule.family {
-                Family::Gpt4 => self.block::<false>(),
-                Family::O200k => self.block::<true>(),
+            // SAFETY: the caller knows the machine.
+            let mut starts = unsafe {
+                match self.scanner.rule.family {
+                    Family::Gpt4 => self.block::<L, false>(),
+                    Family::O200k => self.block::<L, true>(),
+                }
             };
             if base == 0 {
                 starts &= !1; // where the first piece begins none ends
@@ -99,7 +127,12 @@ impl<'a> Blocks<'a> {
     }
 
     /// The bits where pieces begin in the block at `next`, which moves on.
-    fn block<const CASED: bool>(&mut self) -> u64 {
+    ///
+    /// # Safety
+    ///
+    /// The machine is of level `L`.
+    #[inline(always)]
+    unsafe fn block<L: Level, const CASED: bool>(&mut self) -> u64 {
         let base = self.next;
         let text = self.scanner.text.as_bytes();
         let mut len = BLOCK.min(text.len() - base);
@@ -108,7 +141,8 @@ impl<'a> Blocks<'a> {
             padded[..len].copy_from_slice(&text[base..]);
             &padded
         });
-        let masks = classify::<CASED>(block);
+        // SAFETY: the caller knows the machine.
+        let masks = unsafe { L::classify::<CASED>(block) };
         let classes = if masks.wide == 0 {
             let valid = u64::MAX >> (BLOCK - len);
             Some(Classes {
@@ -130,7 +164,9 @@ impl<'a> Blocks<'a> {
             while !self.scanner.text.is_char_boundary(base + len) {
                 len -= 1;
             }
-            let classes = self.wide_classes::<CASED>(&masks, inner_bytes(block), base, len);
+            // SAFETY: the caller knows the machine.
+            let inner = unsafe { L::inner_bytes(block) };
+            let classes = self.wide_classes::<CASED>(&masks, inner, base, len);
             self.was_hard = classes.is_none();
             classes
         };

@@ -5,15 +5,23 @@
 //! shown while it is generated. `Bpe` calls the former; chat and server, by
 //! way of Python, the latter. Neither ever looks at merges or patterns.
 
+use std::ptr;
+
 use crate::error::{Error, ErrorKind};
 
-/// Bytes copied at once; nearly all tokens are shorter.
-const WIDE: usize = 16;
+/// A head holds the first bytes of a token, zeros, and in the last place the
+/// token's length, so that decoding copies it whole and looks at nothing else.
+const HEAD: usize = 16;
+/// In place of the length: the token has more bytes than its head.
+const LONG: u8 = u8::MAX;
+/// Ids between two looks at whether there is still room for what follows.
+const CHUNK: usize = 64;
 
 /// The bytes of every token.
 pub(crate) struct Tokens {
-    bytes: Vec<u8>,   // all tokens one after the other, then WIDE zeros
+    bytes: Vec<u8>,   // all tokens one after the other
     starts: Vec<u32>, // one more than there are tokens
+    heads: Vec<[u8; HEAD]>,
 }
 
 impl Tokens {
@@ -21,24 +29,24 @@ impl Tokens {
     pub(crate) const MAX_BYTES: usize = 1 << 28;
 
     pub(crate) fn new() -> Tokens {
-        let (bytes, starts) = (vec![0; WIDE], vec![0]);
-        Tokens { bytes, starts }
+        Tokens {
+            bytes: Vec::new(),
+            starts: vec![0],
+            heads: Vec::new(),
+        }
     }
 
-    /// Appends a token made of `parts`; fails where memory would run out.
-    pub(crate) fn push(&mut self, parts: &[&[u8]]) -> Result<(), Error> {
-        let len: usize = parts.iter().map(|part| part.len()).sum();
-        self.make_room(len)?;
-        for part in parts {
-            self.bytes.extend_from_slice(part);
-        }
+    /// Appends a token; fails where memory would run out.
+    pub(crate) fn push(&mut self, token: &[u8]) -> Result<(), Error> {
+        self.check_room(token.len())?;
+        self.bytes.extend_from_slice(token);
         self.close();
         Ok(())
     }
 
     /// Appends the token `left` + `right`.
     pub(crate) fn push_pair(&mut self, left: u32, right: u32) -> Result<(), Error> {
-        self.make_room(self.get(left).len() + self.get(right).len())?;
+        self.check_room(self.get(left).len() + self.get(right).len())?;
         for part in [left, right] {
             let range = self.range(part);
             self.bytes.extend_from_within(range);
@@ -47,21 +55,27 @@ impl Tokens {
         Ok(())
     }
 
-    fn make_room(&mut self, len: usize) -> Result<(), Error> {
-        let used = self.bytes.len() - WIDE;
-        if len > Tokens::MAX_BYTES - used {
-            let (token, limit) = (self.len(), Tokens::MAX_BYTES >> 20);
-            let message =
-                format!("token {token} has {len} bytes; all together may have {limit} MiB");
-            return Err(Error::new(ErrorKind::TooLarge, message));
+    fn check_room(&self, len: usize) -> Result<(), Error> {
+        if len <= Tokens::MAX_BYTES - self.bytes.len() {
+            return Ok(());
         }
-        self.bytes.truncate(used);
-        Ok(())
+        let (token, limit) = (self.len(), Tokens::MAX_BYTES >> 20);
+        let message = format!("token {token} has {len} bytes; all together may have {limit} MiB");
+        Err(Error::new(ErrorKind::TooLarge, message))
     }
 
+    /// Ends the token that was written behind the others.
     fn close(&mut self) {
         self.starts.push(self.bytes.len() as u32);
-        self.bytes.resize(self.bytes.len() + WIDE, 0);
+        let token = self.get(self.heads.len() as u32);
+        let mut head = [0; HEAD];
+        if token.len() < HEAD {
+            head[..token.len()].copy_from_slice(token);
+            head[HEAD - 1] = token.len() as u8;
+        } else {
+            head[HEAD - 1] = LONG;
+        }
+        self.heads.push(head);
     }
 
     /// How many tokens there are.
@@ -81,36 +95,32 @@ impl Tokens {
 
     /// The bytes that `ids` stand for.
     pub(crate) fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, Error> {
-        let mut len = 0;
-        for &id in ids {
-            if id as usize >= self.len() {
-                return Err(self.unknown(id));
-            }
-            len += self.range(id).len();
-        }
-        let mut out: Vec<u8> = Vec::with_capacity(len + WIDE);
-        let mut at = 0;
-        for &id in ids {
-            let range = self.range(id);
-            // SAFETY: `at + range.len()` never exceeds `len`, the sum of all
-            // lengths, and `out` has room for WIDE more. `bytes` ends in WIDE
-            // bytes that belong to no token, so WIDE bytes may be read from
-            // the start of any token. `out` is a new allocation, so that the
-            // two never overlap. All `at` bytes below are written.
-            unsafe {
-                let from = self.bytes.as_ptr().add(range.start);
-                let to = out.as_mut_ptr().add(at);
-                if range.len() <= WIDE {
-                    std::ptr::copy_nonoverlapping(from, to, WIDE);
-                } else {
-                    std::ptr::copy_nonoverlapping(from, to, range.len());
+        let mut out: Vec<u8> = Vec::with_capacity(5 * ids.len() + HEAD * CHUNK);
+        for chunk in ids.chunks(CHUNK) {
+            out.reserve(HEAD * CHUNK);
+            let mut at = out.len();
+            for &id in chunk {
+                let Some(head) = self.heads.get(id as usize) else {
+                    return Err(self.unknown(id));
+                };
+                if head[HEAD - 1] == LONG {
+                    // SAFETY: the first `at` bytes are written.
+                    unsafe { out.set_len(at) };
+                    out.extend_from_slice(self.get(id));
+                    out.reserve(HEAD * CHUNK);
+                    at = out.len();
+                    continue;
                 }
+                // SAFETY: there was room for a whole head for every id of the
+                // chunk, and none has moved `at` by more. `out` is an
+                // allocation of its own, so that the two never overlap.
+                unsafe { ptr::copy_nonoverlapping(head.as_ptr(), out.as_mut_ptr().add(at), HEAD) };
+                at += usize::from(head[HEAD - 1]);
             }
-            at += range.len();
+            // SAFETY: all bytes below `at` are written: each head left as many
+            // as its length, and the next was written right behind them.
+            unsafe { out.set_len(at) };
         }
-        debug_assert_eq!(at, len);
-        // SAFETY: the loop above wrote the first `len` bytes.
-        unsafe { out.set_len(len) };
         Ok(out)
     }
 
@@ -192,7 +202,7 @@ mod tests {
     fn tokens(list: &[&[u8]]) -> Tokens {
         let mut tokens = Tokens::new();
         for &token in list {
-            tokens.push(&[token]).unwrap();
+            tokens.push(token).unwrap();
         }
         tokens
     }

@@ -14,6 +14,7 @@
 //! Who calls it: the Python module, and Rust programs. It never looks for
 //! special tokens.
 
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -21,15 +22,21 @@ use std::thread;
 use crate::blocks::Blocks;
 use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
+#[cfg(target_arch = "x86_64")]
+use crate::masks::{has_avx2, Avx2};
+use crate::masks::{Level, Plain};
 use crate::merge::{Merges, MAX_TOKENS, SHORT};
-use crate::split::{split, Pattern};
-use crate::words::{Cache, Found, Key, Words, CACHED_BYTES, KEY_BYTES};
+use crate::split::{split, Pattern, Pieces};
+use crate::unicode::Table;
+use crate::words::{Cache, Key, Words, CACHED_BYTES, INLINE, KEY_BYTES, WIDE};
 use crate::FIRST_MERGE_ID;
 
 /// Pieces cut before they are looked up.
 const BATCH: usize = 64;
+/// A batch may get so many more, of its last block.
+const FULL_BATCH: usize = BATCH + 64;
 /// Caches kept between calls; more calls than this at once make their own.
-const MAX_CACHES: usize = 64;
+const MAX_CACHES: usize = 32;
 /// A batch of texts is shared out in portions of about this many bytes.
 const PORTION_BYTES: usize = 1 << 16;
 
@@ -49,7 +56,18 @@ pub struct Bpe {
 /// What one call needs for itself.
 struct State {
     cache: Cache,
+    batches: Box<[Batch; 2]>,
     ids: Vec<u32>, // of the piece at hand
+}
+
+impl State {
+    fn new() -> State {
+        State {
+            cache: Cache::new(),
+            batches: Box::new([Batch::new(), Batch::new()]),
+            ids: Vec::new(),
+        }
+    }
 }
 
 /// Where ids go: a list of them, or a mere count.
@@ -78,21 +96,53 @@ impl Output for usize {
     }
 }
 
+/// Where pieces end. (A closure would not be compiled for the machine's level.)
+trait Ends {
+    /// A place and bits, of which at least one is set: pieces end at the place plus each bit.
+    fn next_ends(&mut self) -> Option<(usize, u64)>;
+}
+
+/// A block at a time, on a machine of level `L`.
+struct BlockEnds<'a, L>(Blocks<'a>, PhantomData<L>);
+
+impl<'a, L: Level> BlockEnds<'a, L> {
+    /// # Safety
+    ///
+    /// The machine is of that level.
+    #[inline(always)]
+    unsafe fn new(blocks: Blocks<'a>) -> Self {
+        BlockEnds(blocks, PhantomData)
+    }
+}
+
+impl<L: Level> Ends for BlockEnds<'_, L> {
+    #[inline(always)]
+    fn next_ends(&mut self) -> Option<(usize, u64)> {
+        // SAFETY: who made `self` knows the machine.
+        unsafe { self.0.next_ends_at::<L>() }
+    }
+}
+
+impl Ends for Pieces<'_> {
+    #[inline(always)]
+    fn next_ends(&mut self) -> Option<(usize, u64)> {
+        self.next_end().map(|end| (end, 1))
+    }
+}
+
 /// Pieces between cutting and looking up.
 struct Batch {
     num: usize,
-    bounds: [usize; BATCH + 64 + 4], // piece i is bytes[bounds[i]..bounds[i + 1]]
-    keys: [(Key, u64); BATCH + 64],
-    far_from_end: bool,
+    bounds: [usize; FULL_BATCH + 16], // piece i is bytes[bounds[i]..bounds[i + 1]]
+    keys: [(Key, u64); FULL_BATCH],
 }
 
 impl Batch {
     fn new() -> Batch {
         Batch {
             num: 0,
-            bounds: [0; BATCH + 64 + 4],
-            keys: [(Key::new(b""), 0); BATCH + 64],
-            far_from_end: false,
+            bounds: [0; FULL_BATCH + 16],
+            keys: [(Key::new(b""), 0); FULL_BATCH],
         }
     }
 
@@ -103,41 +153,45 @@ impl Batch {
 
     /// Takes the next pieces, the first of which begins at `start`.
     #[inline(always)]
-    fn cut(&mut self, start: usize, bytes: &[u8], next: &mut impl FnMut() -> Option<(usize, u64)>) {
+    fn cut(&mut self, start: usize, ends: &mut impl Ends) {
         self.bounds[0] = start;
         let mut num = 0;
         while num < BATCH {
-            let Some((base, mut bits)) = next() else {
+            let Some((base, mut bits)) = ends.next_ends() else {
                 break;
             };
             let end = num + bits.count_ones() as usize;
+            // Fifteen at a time: few blocks have more. What is too much is
+            // overwritten.
             while num < end {
-                // Four at a time; what is too much is overwritten.
-                for bound in &mut self.bounds[num + 1..][..4] {
+                for bound in &mut self.bounds[num + 1..][..15] {
                     *bound = base + bits.trailing_zeros() as usize;
                     bits &= bits.wrapping_sub(1);
                 }
-                num += 4;
+                num += 15;
             }
             num = end;
         }
         self.num = num;
-        self.far_from_end = num > 0 && self.bounds[num - 1] + KEY_BYTES <= bytes.len();
     }
 
-    /// Makes the key of piece `i` and asks for the memory it will need.
+    /// Makes the keys of all pieces and asks for the memory they will need.
     #[inline(always)]
-    fn prepare(&mut self, i: usize, bytes: &[u8], cache: &Cache) {
-        let (start, len) = (self.bounds[i], self.bounds[i + 1] - self.bounds[i]);
-        let key = if len <= KEY_BYTES && self.far_from_end {
-            // SAFETY: no piece of the batch begins later than the last.
-            unsafe { Key::at(bytes, start, len) }
-        } else {
-            Key::of(&bytes[start..start + len])
-        };
-        let hash = key.hash();
-        cache.prefetch(hash);
-        self.keys[i] = (key, hash);
+    fn prepare(&mut self, bytes: &[u8], cache: &Cache) {
+        let num = self.num.min(FULL_BATCH);
+        let far_from_end = num > 0 && self.bounds[num - 1] + WIDE <= bytes.len();
+        for i in 0..num {
+            let (start, len) = (self.bounds[i], self.bounds[i + 1] - self.bounds[i]);
+            let key = if len <= KEY_BYTES && far_from_end {
+                // SAFETY: no piece of the batch begins later than the last.
+                unsafe { Key::at(bytes, start, len) }
+            } else {
+                Key::of(&bytes[start..start + len])
+            };
+            let hash = key.hash();
+            cache.prefetch(hash);
+            self.keys[i] = (key, hash);
+        }
     }
 }
 
@@ -153,7 +207,7 @@ impl Bpe {
         check_size(merges.len() + FIRST_MERGE_ID as usize)?;
         let mut tokens = Tokens::new();
         for byte in 0..=255 {
-            tokens.push(&[&[byte]])?;
+            tokens.push(&[byte])?;
         }
         let mut pairs = Vec::with_capacity(merges.len());
         for (i, &pair) in merges.iter().enumerate() {
@@ -188,6 +242,9 @@ impl Bpe {
         table: Merges,
         words: Words,
     ) -> Bpe {
+        if pattern.rule().is_some() {
+            Table::get(); // now, and not in the first call of encode
+        }
         let caches = Mutex::new(Vec::new());
         Bpe {
             pattern,
@@ -350,11 +407,9 @@ impl Bpe {
     fn with_state<T>(&self, run: impl FnOnce(&mut State) -> T) -> T {
         let lock = || self.caches.lock().unwrap_or_else(PoisonError::into_inner);
         let free = lock().pop();
-        let mut state = free.unwrap_or_else(|| {
-            let (cache, ids) = (Cache::new(), Vec::new());
-            State { cache, ids }
-        });
+        let mut state = free.unwrap_or_else(State::new);
         let result = run(&mut state);
+        state.ids.shrink_to(1 << 12); // a long piece may have left much there
         let mut caches = lock();
         if caches.len() < MAX_CACHES {
             caches.push(state);
@@ -363,61 +418,71 @@ impl Bpe {
     }
 
     fn encode_into(&self, text: &str, state: &mut State, out: &mut impl Output) {
+        #[cfg(target_arch = "x86_64")]
+        if has_avx2() {
+            // SAFETY: the machine has just been asked.
+            return unsafe { self.encode_avx2(text, state, out) };
+        }
+        // SAFETY: every machine has this level.
+        unsafe { self.encode_at::<Plain>(text, state, out) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+    fn encode_avx2(&self, text: &str, state: &mut State, out: &mut impl Output) {
+        // SAFETY: this function may only be called where the machine has it.
+        unsafe { self.encode_at::<Avx2>(text, state, out) }
+    }
+
+    /// # Safety
+    ///
+    /// The machine is of level `L`.
+    #[inline(always)]
+    unsafe fn encode_at<L: Level>(&self, text: &str, state: &mut State, out: &mut impl Output) {
         match self.pattern.rule() {
             Some(rule) => {
-                let mut blocks = Blocks::new(text, rule);
-                self.encode_blocks(text, || blocks.next_ends(), state, out);
+                let blocks = Blocks::new(text, rule);
+                // SAFETY: the caller knows the machine.
+                let ends = unsafe { BlockEnds::<L>::new(blocks) };
+                self.encode_pieces(text, ends, state, out);
             }
-            None => {
-                let mut pieces = split(text, self.pattern);
-                let next = || pieces.next_end().map(|end| (end, 1));
-                self.encode_blocks(text, next, state, out);
-            }
+            None => self.encode_pieces(text, split(text, self.pattern), state, out),
         }
     }
 
-    /// `next` gives a place and bits: pieces end at the place plus each bit.
     #[inline(always)]
-    fn encode_blocks(
+    fn encode_pieces(
         &self,
         text: &str,
-        mut next: impl FnMut() -> Option<(usize, u64)>,
+        mut ends: impl Ends,
         state: &mut State,
         out: &mut impl Output,
     ) {
         let bytes = text.as_bytes();
-        let (mut new, mut old) = (&mut Batch::new(), &mut Batch::new());
-        let mut ids = [0; 4 * (BATCH + 64 + 1)];
+        let State {
+            cache,
+            batches,
+            ids: of_piece,
+        } = state;
+        let [mut new, mut old] = batches.each_mut();
+        (old.num, old.bounds[0]) = (0, 0);
+        let mut ids = [0; INLINE * FULL_BATCH];
         loop {
-            new.cut(old.bounds[old.num], bytes, &mut next);
+            new.cut(old.bounds[old.num], &mut ends);
             // While the memory for one batch is on its way, the batch before
             // it is looked up.
-            for i in 0..new.num {
-                new.prepare(i, bytes, &state.cache);
-            }
+            new.prepare(bytes, cache);
             let mut num = 0;
             for i in 0..old.num {
                 let (key, hash) = old.keys[i];
-                let piece = old.piece(i, bytes);
-                match state.cache.get_first(key, hash, piece) {
-                    Found::One(id) => {
-                        ids[num] = id;
-                        num += 1;
-                    }
-                    Found::Few(few, count) => {
-                        ids[num..num + few.len()].copy_from_slice(few);
-                        num += count;
-                    }
-                    Found::Many(many) => {
-                        out.many(&ids[..num]);
-                        out.many(many);
-                        num = 0;
-                    }
-                    Found::Missing => {
-                        out.many(&ids[..num]);
-                        self.missed(key, piece, state, out);
-                        num = 0;
-                    }
+                let (few, count) = cache.get_first(key, hash);
+                ids[num..num + INLINE].copy_from_slice(few);
+                num += count;
+                if count == 0 {
+                    out.many(&ids[..num]);
+                    num = 0;
+                    let ids = self.missed(key, hash, old.piece(i, bytes), cache, of_piece);
+                    out.many(ids);
                 }
             }
             out.many(&ids[..num]);
@@ -428,35 +493,39 @@ impl Bpe {
         }
     }
 
-    /// A piece that was not found in the cache at first sight.
+    /// The ids of a piece that was not found in the cache at first sight.
     #[inline(never)]
-    fn missed(&self, key: Key, piece: &[u8], state: &mut State, out: &mut impl Output) {
-        match state.cache.get(key, piece) {
-            Found::One(id) => return out.many(&[id]),
-            Found::Few(ids, count) => return out.many(&ids[..count]),
-            Found::Many(ids) => return out.many(ids),
-            Found::Missing => {}
+    fn missed<'a>(
+        &self,
+        key: Key,
+        hash: u64,
+        piece: &[u8],
+        cache: &'a mut Cache,
+        ids: &'a mut Vec<u32>,
+    ) -> &'a [u32] {
+        ids.clear();
+        if let Some(known) = cache.get(key, piece) {
+            ids.extend_from_slice(known);
+            return ids;
         }
-        state.ids.clear();
-        if let Some(id) = self.words.get(key, piece, &self.tokens) {
-            state.ids.push(id);
+        if let Some(id) = self.words.get(hash, piece, &self.tokens) {
+            ids.push(id);
         } else if piece.len() > CACHED_BYTES {
-            return self.long(piece, state, out);
+            self.long(piece, cache, ids);
+            return ids;
         } else {
-            self.table.piece(piece, &mut state.ids);
+            self.table.piece(piece, ids);
         }
         if piece.len() <= CACHED_BYTES {
-            state.cache.insert(key, piece, &state.ids);
+            cache.insert(key, piece, ids);
         }
-        out.many(&state.ids);
+        ids
     }
 
     /// A piece too long to be remembered: part by part, and long parts by
     /// windows, so that what repeats in it is found in the cache.
     #[cold]
-    fn long(&self, piece: &[u8], state: &mut State, out: &mut impl Output) {
-        let State { cache, ids } = state;
-        ids.clear();
+    fn long(&self, piece: &[u8], cache: &mut Cache, ids: &mut Vec<u32>) {
         let mut rest = piece;
         while !rest.is_empty() {
             let (part, after) = rest.split_at(self.table.first_part(rest));
@@ -467,12 +536,7 @@ impl Bpe {
                 let encode = |window: &[u8], ids: &mut Vec<u32>| self.part(window, cache, ids);
                 self.table.windows(part, &self.tokens, ids, encode);
             }
-            if ids.len() >= 1 << 12 {
-                out.many(ids);
-                ids.clear();
-            }
         }
-        out.many(ids);
     }
 
     /// A part or a window of a long piece, looked up like a piece.
@@ -483,7 +547,7 @@ impl Bpe {
         let key = Key::of(part);
         if self.table.is_ordered() {
             // Else some tokens are only found as whole pieces.
-            if let Some(id) = self.words.get(key, part, &self.tokens) {
+            if let Some(id) = self.words.get(key.hash(), part, &self.tokens) {
                 return ids.push(id);
             }
         }
@@ -491,11 +555,8 @@ impl Bpe {
             return self.table.piece(part, ids);
         }
         if self.table.is_ordered() {
-            match cache.get(key, part) {
-                Found::One(id) => return ids.push(id),
-                Found::Few(known, count) => return ids.extend_from_slice(&known[..count]),
-                Found::Many(known) => return ids.extend_from_slice(known),
-                Found::Missing => {}
+            if let Some(known) = cache.get(key, part) {
+                return ids.extend_from_slice(known);
             }
         }
         let start = ids.len();

@@ -56,7 +56,7 @@ impl Bpe {
             if bytes.is_empty() {
                 return Err(wrong(format!("the token of rank {rank} has no bytes")));
             }
-            tokens.push(&[bytes])?;
+            tokens.push(bytes)?;
             if let Some(other) = ids.insert(bytes, *rank) {
                 let bytes = bytes.escape_ascii();
                 return Err(wrong(format!(

@@ -5,7 +5,7 @@
 //! fuzz targets hold the fast code equal to it; nothing else calls it.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::scan::Scanner;
 use crate::split::Pattern;
@@ -66,6 +66,29 @@ pub fn encode(text: &str, merges: &[(u32, u32)], pattern: Pattern) -> Vec<u32> {
             tokens = join(&tokens, pair, FIRST_MERGE_ID + i as u32);
         }
         ids.extend(tokens);
+    }
+    ids
+}
+
+/// What [`crate::Bpe::encode`] must return after [`crate::Bpe::from_ranks`]; a token's rank is its
+/// place in `tokens`.
+pub fn encode_by_ranks(text: &str, tokens: &[Vec<u8>], pattern: Pattern) -> Vec<u32> {
+    let ranks: HashMap<&[u8], u32> = tokens.iter().map(Vec::as_slice).zip(0..).collect();
+    let mut ids = Vec::new();
+    for piece in split(text, pattern) {
+        if let Some(&id) = ranks.get(piece.as_bytes()) {
+            ids.push(id);
+            continue;
+        }
+        let mut parts: Vec<Vec<u8>> = piece.bytes().map(|b| vec![b]).collect();
+        loop {
+            let joined = parts.windows(2).map(|two| ranks.get(&two.concat()[..]));
+            let known = joined.enumerate().filter_map(|(i, rank)| Some((*rank?, i)));
+            let Some((_, i)) = known.min() else { break };
+            let right = parts.remove(i + 1);
+            parts[i].extend(right);
+        }
+        ids.extend(parts.iter().map(|part| ranks[&part[..]]));
     }
     ids
 }

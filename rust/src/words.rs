@@ -6,10 +6,11 @@
 //! contended. Its size is fixed ([`Cache::MAX_BYTES`]): a new piece replaces an
 //! old one, and hostile text can make it useless but not large.
 //!
-//! A piece of at most 12 bytes is a [`Key`]: its bytes in two words with the
-//! length in the last four bits. It is compared and hashed without touching
-//! memory, and leaves room for the id of a token, so that four tokens fit a
-//! cache line. Called by `encode` only.
+//! A piece of at most 15 bytes is a [`Key`]: its bytes in two words with the
+//! length in the last four bits, compared and hashed without touching memory.
+//! The cache holds a key and up to four ids in half a cache line, so that
+//! nearly every piece is found by one look at one line, and its ids are copied
+//! without a branch on how many they are. Called by `encode` only.
 
 use std::hash::Hasher;
 
@@ -18,7 +19,9 @@ use rustc_hash::FxHasher;
 use crate::decode::Tokens;
 
 /// Pieces up to this many bytes fit a [`Key`].
-pub(crate) const KEY_BYTES: usize = 12;
+pub(crate) const KEY_BYTES: usize = 15;
+/// A key is made from this many bytes of the text.
+pub(crate) const WIDE: usize = 16;
 /// Pieces up to this many bytes are remembered.
 pub(crate) const CACHED_BYTES: usize = 128;
 
@@ -27,7 +30,7 @@ pub(crate) const CACHED_BYTES: usize = 128;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Key(u64, u64);
 
-/// `MASKS[n]` keeps the first n of 12 bytes; one more, for longer pieces.
+/// `MASKS[n]` keeps the first n of 16 bytes.
 const MASKS: [(u64, u64); 16] = {
     let mut masks = [(0, 0); 16];
     let mut n = 1;
@@ -38,54 +41,44 @@ const MASKS: [(u64, u64); 16] = {
     }
     masks
 };
-/// Above the bytes, below the length: bits that are 0 in every key.
-const NUMBER_SHIFT: u32 = 32;
-const NUMBER_MASK: u32 = 0xFFF_FFFF;
-const NUMBER_BITS: u64 = (NUMBER_MASK as u64) << NUMBER_SHIFT;
-/// In place of a length: the key is that of a long piece.
-const LONG: u64 = 14;
+/// Above the bytes, below the length: bits that are 0 in every key. A slot of
+/// the cache has its number of ids there.
+const COUNT_SHIFT: u32 = 56;
+const COUNT_BITS: u64 = 0xF << COUNT_SHIFT;
 
 impl Key {
-    /// The key of a piece of at most 12 bytes; for more, a key like no other.
+    /// The key of a piece of at most 15 bytes.
     pub(crate) fn new(piece: &[u8]) -> Key {
-        let mut bytes = [0; 16];
-        let len = piece.len().min(KEY_BYTES + 1);
-        if len <= KEY_BYTES {
-            bytes[..len].copy_from_slice(piece);
-        }
+        let mut bytes = [0; WIDE];
+        bytes[..piece.len()].copy_from_slice(piece);
         let all = u128::from_le_bytes(bytes);
-        Key(all as u64, (all >> 64) as u64 | (len as u64) << 60)
+        Key(all as u64, (all >> 64) as u64 | (piece.len() as u64) << 60)
     }
 
     /// [`Key::new`] of `text[start..start + len]`, by wide loads.
     ///
     /// # Safety
     ///
-    /// `text` goes on for 12 bytes from `start`.
+    /// `text` goes on for [`WIDE`] bytes from `start`.
     #[inline(always)]
     pub(crate) unsafe fn at(text: &[u8], start: usize, len: usize) -> Key {
-        debug_assert!(start + KEY_BYTES <= text.len());
-        // SAFETY: these are the 12 bytes that the caller vouches for, and the
-        // reads ask for no alignment.
-        let (low, high) = unsafe {
-            let from = text.as_ptr().add(start);
-            let low = from.cast::<u64>().read_unaligned();
-            (low, from.add(8).cast::<u32>().read_unaligned())
-        };
-        let len = len.min(KEY_BYTES + 1);
-        let (low_mask, high_mask) = MASKS[len];
-        let low = u64::from_le(low) & low_mask;
-        let high = u64::from(u32::from_le(high)) & high_mask;
+        debug_assert!(start + WIDE <= text.len() && len <= KEY_BYTES);
+        // SAFETY: these are the bytes that the caller vouches for, and the
+        // read asks for no alignment.
+        let all = unsafe { text.as_ptr().add(start).cast::<[u8; WIDE]>().read() };
+        let all = u128::from_le_bytes(all);
+        let (low_mask, high_mask) = MASKS[len % 16];
+        let (low, high) = (all as u64 & low_mask, (all >> 64) as u64 & high_mask);
         Key(low, high | (len as u64) << 60)
     }
 
-    /// The key of a piece of more than 12 bytes.
+    /// The key of a piece of more than 15 bytes: no length, and never 0.
     #[inline(never)]
     fn long(piece: &[u8]) -> Key {
         let mut hasher = FxHasher::default();
         hasher.write(piece);
         let hash = hasher.finish();
-        Key(hash, u64::from(hash as u32) | LONG << 60)
+        Key(hash, hash >> 8 | 1)
     }
 
     /// [`Key::new`] or [`Key::long`], as the piece has it.
@@ -105,49 +98,21 @@ impl Key {
     }
 }
 
-/// A piece with a number of 28 bits: the id of a token, or a place in the ring.
-#[derive(Clone, Copy)]
-#[repr(C, align(16))]
-struct Word(u64, u64);
-
-impl Word {
-    const NONE: Word = Word(0, 0);
-
-    fn new(key: Key, number: u32) -> Word {
-        Word(key.0, key.1 | u64::from(number) << NUMBER_SHIFT)
-    }
-
-    fn is_none(self) -> bool {
-        self.1 == 0
-    }
-
-    fn key(self) -> Key {
-        Key(self.0, self.1 & !NUMBER_BITS)
-    }
-
-    #[inline(always)]
-    fn is(self, key: Key) -> bool {
-        (self.0 ^ key.0) | (self.1 ^ key.1) & !NUMBER_BITS == 0
-    }
-
-    #[inline(always)]
-    fn number_of(self, key: Key) -> Option<u32> {
-        let number = (self.1 >> NUMBER_SHIFT) as u32 & NUMBER_MASK;
-        self.is(key).then_some(number)
-    }
-}
-
 /// The tokens that their own bytes encode to, by their bytes.
 pub(crate) struct Words {
-    slots: Vec<Word>, // at most half full; a power of two
+    /// At most half full, a power of two: an id and eleven bits of a hash.
+    slots: Vec<u32>,
     longest: usize,
 }
+
+const NO_WORD: u32 = u32::MAX;
+const WORD_BITS: u32 = 21;
 
 impl Words {
     /// A table with room for `tokens` tokens.
     pub(crate) fn new(tokens: usize) -> Words {
         Words {
-            slots: vec![Word::NONE; (tokens * 2).next_power_of_two()],
+            slots: vec![NO_WORD; (tokens * 2).next_power_of_two()],
             longest: 0,
         }
     }
@@ -157,78 +122,114 @@ impl Words {
     pub(crate) fn insert(&mut self, id: u32, tokens: &Tokens) {
         let bytes = tokens.get(id);
         self.longest = self.longest.max(bytes.len());
-        let key = Key::of(bytes);
-        let mut slot = key.hash() as usize & (self.slots.len() - 1);
-        while !self.slots[slot].is_none() {
+        let hash = Key::of(bytes).hash();
+        let mut slot = hash as usize & (self.slots.len() - 1);
+        while self.slots[slot] != NO_WORD {
             slot = (slot + 1) & (self.slots.len() - 1);
         }
-        self.slots[slot] = Word::new(key, id);
+        self.slots[slot] = tag(hash) | id;
     }
 
-    /// The id of a piece that is a token.
-    pub(crate) fn get(&self, key: Key, piece: &[u8], tokens: &Tokens) -> Option<u32> {
+    /// The id of a piece that is a token; `hash` is that of its key.
+    pub(crate) fn get(&self, hash: u64, piece: &[u8], tokens: &Tokens) -> Option<u32> {
         if piece.len() > self.longest {
             return None;
         }
-        let mut slot = key.hash() as usize & (self.slots.len() - 1);
-        while !self.slots[slot].is_none() {
-            if let Some(id) = self.slots[slot].number_of(key) {
-                if piece.len() <= KEY_BYTES || tokens.get(id) == piece {
+        let mut slot = hash as usize & (self.slots.len() - 1);
+        loop {
+            let word = self.slots[slot];
+            if word == NO_WORD {
+                return None;
+            }
+            if (word ^ tag(hash)) >> WORD_BITS == 0 {
+                let id = word & ((1 << WORD_BITS) - 1);
+                if tokens.get(id) == piece {
                     return Some(id);
                 }
             }
             slot = (slot + 1) & (self.slots.len() - 1);
         }
-        None
     }
+}
+
+/// Bits of a hash that no slot is chosen by, where a word has them.
+fn tag(hash: u64) -> u32 {
+    ((hash >> (64 - 11)) as u32) << WORD_BITS
 }
 
 /// The ids of pieces met before, within a fixed size.
 ///
-/// The number of a word is the id of a piece that is one token. For any other
-/// piece it is a place in the ring, where there is the number of ids, the ids
-/// and, for a long piece, its length and bytes; what is new overwrites what is
+/// A short piece of at most four ids has them in its slot. Any other piece has
+/// a place in the ring there, where there is the number of ids, the ids and,
+/// for a long piece, its length and bytes; what is new overwrites what is
 /// oldest.
 pub(crate) struct Cache {
     pairs: Vec<Pair>,
-    used: usize, // words that are not empty
-    turn: usize, // which word gives way next
+    used: usize, // slots that are not empty
+    turn: usize, // which slot gives way next
     ring: Vec<u32>,
     head: u32, // numbers ever written to the ring; places count like this too
 }
 
-/// Two words that are looked at together; two pairs are a cache line.
+/// A piece, the number of its ids (0 if they are in the ring) and the ids.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
-struct Pair([Word; 2]);
-
-const NO_PAIR: Pair = Pair([Word::NONE; 2]);
-/// Added to places in the ring, to tell them from an id.
-const PLACE: u32 = 1 << 21;
-const FIRST_PAIRS: usize = 1 << 10;
-const MAX_PAIRS: usize = 1 << 16;
-const RING: usize = 1 << 19;
-/// Places have 28 bits.
-const MAX_HEAD: u32 = (1 << 28) - PLACE - 2 * RING as u32;
-/// A piece that found its pair full is in one of those around it.
-const PLACES: usize = 8;
-/// Every entry of the ring may be read as if it had this many ids.
-const INLINE: usize = 4;
-
-/// What the cache knows of a piece at first sight.
-pub(crate) enum Found<'a> {
-    /// It is a token.
-    One(u32),
-    /// The first of these ids, so many.
-    Few(&'a [u32; INLINE], usize),
-    /// It has these ids.
-    Many(&'a [u32]),
-    /// It is not in its first pair.
-    Missing,
+struct Slot {
+    key: Key, // with the number in COUNT_BITS
+    ids: [u32; INLINE],
 }
 
+const EMPTY: Slot = Slot {
+    key: Key(0, 0),
+    ids: [0; INLINE],
+};
+
+impl Slot {
+    fn new(key: Key, count: usize, ids: [u32; INLINE]) -> Slot {
+        let key = Key(key.0, key.1 | (count as u64) << COUNT_SHIFT);
+        Slot { key, ids }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.key.1 == 0
+    }
+
+    #[inline(always)]
+    fn is(&self, key: Key) -> bool {
+        (self.key.0 ^ key.0) | (self.key.1 ^ key.1) & !COUNT_BITS == 0
+    }
+
+    fn key(&self) -> Key {
+        Key(self.key.0, self.key.1 & !COUNT_BITS)
+    }
+
+    #[inline(always)]
+    fn count(&self) -> usize {
+        (self.key.1 >> COUNT_SHIFT) as usize & 0xF
+    }
+}
+
+/// Two slots that are looked at together: a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Pair([Slot; 2]);
+
+const NO_PAIR: Pair = Pair([EMPTY; 2]);
+const FIRST_PAIRS: usize = 1 << 9;
+const MAX_PAIRS: usize = 1 << 17;
+const RING: usize = 1 << 19;
+/// Places start again before they would repeat.
+const MAX_HEAD: u32 = u32::MAX - 2 * RING as u32;
+/// A piece that found its pair full is in one of those around it.
+const PLACES: usize = 4;
+/// Two of so many pieces that are found elsewhere move to their pair: frequent
+/// ones get there soon, and rare ones drive few frequent ones away.
+const MOVES: usize = 8;
+/// A slot has room for so many ids.
+pub(crate) const INLINE: usize = 4;
+
 impl Cache {
-    /// A full cache takes less: 2 MiB of words, a quarter as much while it
+    /// A full cache takes less: 8 MiB of slots, a quarter as much while it
     /// grows to that, and 2 MiB of ring.
     pub(crate) const MAX_BYTES: usize =
         MAX_PAIRS * size_of::<Pair>() * 5 / 4 + RING * size_of::<u32>() + (1 << 10);
@@ -255,70 +256,62 @@ impl Cache {
         prefetch(&self.pairs, self.at(hash));
     }
 
-    /// What is known of a piece; `key` is [`Key::of`] it, `hash` its hash.
+    /// Four ids of which the first so many are those of a piece; none of them
+    /// where it is not in its slot at first sight. `hash` is that of the key.
     #[inline(always)]
-    pub(crate) fn get_first(&self, key: Key, hash: u64, piece: &[u8]) -> Found<'_> {
-        let [a, b] = self.pairs[self.at(hash)].0;
+    pub(crate) fn get_first(&self, key: Key, hash: u64) -> (&[u32; INLINE], usize) {
+        let [a, b] = &self.pairs[self.at(hash)].0;
         // Without a branch on which of the two it is.
-        let (is_a, is_b) = (a.is(key), b.is(key));
-        let mask = u64::from(is_a).wrapping_neg();
-        let word = a.1 & mask | b.1 & !mask;
-        let none = u32::from(is_a | is_b).wrapping_sub(1);
-        let number = (word >> NUMBER_SHIFT) as u32 & NUMBER_MASK | none;
-        if number < PLACE {
-            return Found::One(number);
-        }
-        if number == u32::MAX {
-            return Found::Missing;
-        }
-        self.in_ring(number - PLACE, piece)
+        let slot = if a.is(key) { a } else { b };
+        let count = if slot.is(key) { slot.count() } else { 0 };
+        (&slot.ids, count)
     }
 
-    /// What is known of a piece, wherever it is; next time it is found at
-    /// first sight, and another one is not.
-    pub(crate) fn get(&mut self, key: Key, piece: &[u8]) -> Found<'_> {
+    /// The ids of a piece, wherever they are; now and then it is found at first
+    /// sight from then on. `key` is [`Key::of`] the piece.
+    pub(crate) fn get(&mut self, key: Key, piece: &[u8]) -> Option<&[u32]> {
         let home = self.at(key.hash());
         for place in 0..PLACES {
             for way in 0..2 {
-                let word = self.pairs[home ^ place].0[way];
-                let number = word.number_of(key);
-                if number.is_some() && place > 0 {
+                let slot = self.pairs[home ^ place].0[way];
+                if slot.is_empty() {
+                    return None;
+                }
+                if !slot.is(key) {
+                    continue;
+                }
+                let mut at = (home ^ place, way);
+                if place > 0 {
                     self.turn = self.turn.wrapping_add(1);
-                    let other = &mut self.pairs[home].0[self.turn % 2];
-                    let other = std::mem::replace(other, word);
-                    self.pairs[home ^ place].0[way] = other;
+                    if self.turn % MOVES < 2 {
+                        let first = (home, self.turn % 2);
+                        self.pairs[at.0].0[at.1] = self.pairs[first.0].0[first.1];
+                        self.pairs[first.0].0[first.1] = slot;
+                        at = first;
+                    }
                 }
-                match number {
-                    Some(id) if id < PLACE => return Found::One(id),
-                    Some(number) => return self.in_ring(number - PLACE, piece),
-                    None if word.is_none() => return Found::Missing,
-                    None => {}
-                }
+                return match slot.count() {
+                    0 => self.in_ring(slot.ids[0], piece),
+                    count => Some(&self.pairs[at.0].0[at.1].ids[..count]),
+                };
             }
         }
-        Found::Missing
+        None
     }
 
-    #[inline(always)]
-    fn in_ring(&self, place: u32, piece: &[u8]) -> Found<'_> {
+    fn in_ring(&self, place: u32, piece: &[u8]) -> Option<&[u32]> {
         if self.head - place > RING as u32 {
-            return Found::Missing; // overwritten
+            return None; // overwritten
         }
         let entry = &self.ring[place as usize % RING..];
-        let count = entry[0] as usize;
-        if piece.len() <= KEY_BYTES && count <= INLINE {
-            if let Some(ids) = entry[1..].first_chunk() {
-                return Found::Few(ids, count);
-            }
-        }
-        let (ids, rest) = entry[1..].split_at(count);
+        let (ids, rest) = entry[1..].split_at(entry[0] as usize);
         if piece.len() > KEY_BYTES {
             let same_len = rest[0] as usize == piece.len();
             if !same_len || !words(piece).zip(&rest[1..]).all(|(a, &b)| a == b) {
-                return Found::Missing;
+                return None;
             }
         }
-        Found::Many(ids)
+        Some(ids)
     }
 
     /// Remembers the ids of a piece of at most [`CACHED_BYTES`].
@@ -326,37 +319,43 @@ impl Cache {
         if self.used >= self.pairs.len() && self.pairs.len() < MAX_PAIRS {
             self.grow();
         }
-        let number = match ids {
-            &[id] if piece.len() <= KEY_BYTES => id,
-            _ => self.write_to_ring(piece, ids) + PLACE,
-        };
-        self.put(Word::new(key, number));
+        let mut few = [0; INLINE];
+        let mut count = 0;
+        if ids.len() <= INLINE && piece.len() <= KEY_BYTES {
+            count = ids.len();
+            few[..count].copy_from_slice(ids);
+        } else {
+            few[0] = self.write_to_ring(piece, ids);
+        }
+        self.put(Slot::new(key, count, few));
     }
 
-    fn put(&mut self, word: Word) {
-        let home = self.at(word.key().hash());
+    fn put(&mut self, slot: Slot) {
+        let home = self.at(slot.key().hash());
         for place in 0..PLACES {
             for old in &mut self.pairs[home ^ place].0 {
-                if old.is_none() || old.key() == word.key() {
-                    self.used += usize::from(old.is_none());
-                    *old = word;
+                if old.is_empty() || old.key() == slot.key() {
+                    self.used += usize::from(old.is_empty());
+                    *old = slot;
                     return;
                 }
             }
         }
-        // Where all is full any word gives way: the oldest would be the worst
-        // choice for a text that is read again and again.
+        // Where all is full any slot gives way but those at home, which are
+        // likely the most frequent: the oldest would be the worst choice for a
+        // text that is read again and again.
         self.turn = self.turn.wrapping_add(1);
-        self.pairs[home].0[self.turn % 2] = word;
+        let (place, way) = (1 + self.turn / 2 % (PLACES - 1), self.turn % 2);
+        self.pairs[home ^ place].0[way] = slot;
     }
 
     fn grow(&mut self) {
         let larger = vec![NO_PAIR; self.pairs.len() * 4];
         self.used = 0;
         for pair in std::mem::replace(&mut self.pairs, larger) {
-            for word in pair.0 {
-                if !word.is_none() {
-                    self.put(word);
+            for slot in pair.0 {
+                if !slot.is_empty() {
+                    self.put(slot);
                 }
             }
         }
@@ -365,10 +364,10 @@ impl Cache {
     /// The place of a new entry of the ring.
     fn write_to_ring(&mut self, piece: &[u8], ids: &[u32]) -> u32 {
         if self.ring.is_empty() {
-            self.ring = vec![0; RING + INLINE];
+            self.ring = vec![0; RING];
         }
         if self.head > MAX_HEAD {
-            // Places would repeat, and old words point to new ids.
+            // Places would repeat, and old slots point to new ids.
             self.pairs.fill(NO_PAIR);
             (self.used, self.head) = (0, 0);
         }
@@ -429,24 +428,25 @@ mod tests {
 
         #[test]
         fn wide_loads_give_the_same_key(
-            text in prop::collection::vec(any::<u8>(), 12..40),
-            start in 0usize..28,
-            len in 1usize..28,
+            text in prop::collection::vec(any::<u8>(), WIDE..50),
+            start in 0usize..34,
+            len in 1usize..=KEY_BYTES,
         ) {
-            let start = start.min(text.len() - KEY_BYTES);
-            let len = len.min(text.len() - start);
-            // SAFETY: `start` is at least 12 bytes before the end.
+            let start = start.min(text.len() - WIDE);
+            // SAFETY: `start` is at least 16 bytes before the end.
             let key = unsafe { Key::at(&text, start, len) };
             prop_assert_eq!(key, Key::new(&text[start..start + len]));
         }
 
         #[test]
         fn keys_are_as_different_as_pieces(
-            a in prop::collection::vec(0u8..3, 1..13),
-            b in prop::collection::vec(0u8..3, 1..13),
+            a in prop::collection::vec(0u8..3, 1..=KEY_BYTES),
+            b in prop::collection::vec(0u8..3, 1..=KEY_BYTES),
         ) {
             prop_assert_eq!(Key::new(&a) == Key::new(&b), a == b);
-            prop_assert_eq!(Word::new(Key::new(&a), 7).number_of(Key::new(&b)).is_some(), a == b);
+            let slot = Slot::new(Key::new(&a), 4, [7; INLINE]);
+            prop_assert_eq!(slot.is(Key::new(&b)), a == b);
+            prop_assert_eq!((slot.key(), slot.count()), (Key::new(&a), 4));
         }
     }
 
@@ -468,14 +468,9 @@ mod tests {
 
     fn get(cache: &mut Cache, piece: &[u8]) -> Option<Vec<u32>> {
         let key = Key::of(piece);
-        let all = |found: Found| match found {
-            Found::One(id) => Some(vec![id]),
-            Found::Few(ids, count) => Some(ids[..count].to_vec()),
-            Found::Many(ids) => Some(ids.to_vec()),
-            Found::Missing => None,
-        };
-        let ids = all(cache.get(key, piece));
-        let first = all(cache.get_first(key, key.hash(), piece));
+        let ids = cache.get(key, piece).map(<[u32]>::to_vec);
+        let (few, count) = cache.get_first(key, key.hash());
+        let first = (count > 0).then(|| few[..count].to_vec());
         assert!(first.is_none() || first == ids);
         ids
     }

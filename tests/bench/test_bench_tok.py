@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fledge import cli
 from fledge.bench import tok
 from fledge.errors import UserError
 
@@ -51,3 +52,17 @@ def test_no_text_is_a_users_error() -> None:
 def test_a_contender_that_fails_is_named() -> None:
     with pytest.raises(UserError, match="measuring fledge"):
         tok.call({"what": "train", "name": "fledge", "folder": "/nowhere", "size": 384})
+
+
+def test_parts_and_peers_can_be_chosen() -> None:
+    settings = tok.Settings(
+        train_mb=0.02, document_mb=0.02, vocab_size=384, runs=1, threads=1,
+        parts=("decode",), peers=("tiktoken",),
+    )  # fmt: skip
+    rows = tok.run(TEXTS, settings, lambda line: None)
+    assert [(row["name"], row["peer"]) for row in rows] == [("decode, list", "tiktoken")]
+
+
+def test_a_peer_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tok", "bench", "--peers", "nobody"]) == 1
+    assert "there is no peer 'nobody'" in capsys.readouterr().err

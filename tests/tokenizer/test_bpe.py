@@ -207,3 +207,56 @@ def test_marks_as_letters_keep_words_whole(text):
     assert tok.pattern == "qwen2+marks"
     assert bpe.engine().split(f"{text} {text}", tok.pattern) == [text, " " + text]
     assert len(bpe.engine().split(text, "qwen2")) > 1
+
+
+def test_arrays_are_ones_own(tok, texts):
+    np = pytest.importorskip("numpy")
+    ids = tok.encode_to_numpy(texts[0])
+    expected = ids.tolist()
+    ids[0] = 7  # may be written to, and nobody else sees it
+    assert tok.encode_to_numpy(texts[0]).tolist() == expected
+    kept = [tok.encode_to_numpy(f"{texts[0]} {i}") for i in range(200)]
+    assert all(a.base is not None and a.flags.writeable for a in kept)
+    assert [a.tolist() for a in kept] == [tok.encode(f"{texts[0]} {i}") for i in range(200)]
+    assert tok.encode_to_numpy("").shape == (0,)
+    flat, offsets = tok.encode_to_numpy([])
+    assert flat.tolist() == [] and offsets.tolist() == [0] and offsets.dtype == np.uint64
+
+
+class Odd(int):
+    """An int, yet not exactly one."""
+
+
+class Index:
+    """Something that may stand for an int, and empties the list while it is asked."""
+
+    def __init__(self, ids: list) -> None:
+        self.ids = ids
+
+    def __index__(self) -> int:
+        self.ids.clear()
+        return 104
+
+
+def test_ids_that_are_not_plain_ints(tok):
+    np = pytest.importorskip("numpy")
+    assert tok.decode([np.uint16(104), Odd(105), True]) == "hi\x01"
+    assert tok.decode((104, 105)) == tok.decode(np.array([104, 105])) == "hi"
+    with pytest.raises(TypeError):
+        tok.decode(["104"])
+    with pytest.raises(TypeError):
+        tok.decode([104.0])
+    ids: list = [104]
+    ids += [Index(ids), 105]
+    assert tok.decode(ids) == "hh"
+
+
+def test_decoding_gives_every_length_of_token_back():
+    word = "antidisestablishmentarianism " * 40
+    tok = Tokenizer.train([word], vocab_size=512)
+    lengths = {len(tok.token_bytes(i)) for i in range(tok.num_ordinary_tokens)}
+    assert {2, 14, 15, 16, 17} & lengths and max(lengths) > 20
+    every = list(range(tok.num_ordinary_tokens)) * 3
+    expected = b"".join(map(tok.token_bytes, every))
+    assert tok.decode_bytes(every) == expected
+    assert tok.decode(every) == expected.decode("utf-8", "replace")

@@ -1,38 +1,33 @@
 """The tokenizer beside its peers: training, encoding, decoding and hostile text, in one run.
 
 `fledge tok bench` and `fledge bench tok` call `run`. Every measurement is a process of its own
-(`python -m fledge.bench.tok JOB`), so that caches are cold, memory is its own, and a peer cannot
-disturb the next; the contenders take turns, and a ratio is the median over the rounds with its
-smallest and largest. Peers that are not installed are named and left out. Nothing here is called by
-the product, and nothing gates on seconds.
+(`tok_jobs.py`), so that caches are cold, memory is its own, and a peer cannot disturb the next;
+the contenders take turns, and a ratio is the median over the rounds with its smallest and largest.
+Peers that are not installed are named and left out. Nothing here is called by the product, and
+nothing gates on seconds.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
 import json
-import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fledge.bench.tok_jobs import MB, read_documents
 from fledge.data.worlds import load_world
 from fledge.errors import UserError
-from fledge.tokenizer import Tokenizer, reference
+from fledge.tokenizer import Tokenizer
 
-MB = 1_000_000
-SHORT_BYTES = 2048
-WARM_PASSES = 3
 JOB_TIMEOUT_SECONDS = 1800
 TRAINERS = {"rustbpe": "rustbpe", "HF tokenizers": "tokenizers", "gigatoken": "gigatoken"}
 ENCODERS = {
@@ -42,7 +37,9 @@ ENCODERS = {
     "kitoken": "kitoken",
     "HF tokenizers": "tokenizers",
 }
-FORMS = ("document", "loop", "batch", "decode")
+FORMS = ("document", "loop", "batch", "decode")  # of encoding and back
+PARTS = ("train", *FORMS, "hostile")
+PEERS = tuple(dict.fromkeys([*TRAINERS, *ENCODERS]))
 Say = Callable[[str], None]
 
 
@@ -55,7 +52,8 @@ class Settings:
     vocab_size: int = 32768
     runs: int = 5
     threads: int = 2
-    parts: tuple[str, ...] = ("train", "encode", "hostile")
+    parts: tuple[str, ...] = PARTS
+    peers: tuple[str, ...] = PEERS
 
 
 def run(texts: Iterable[str], settings: Settings, say: Say) -> list[dict[str, Any]]:
@@ -71,10 +69,10 @@ def run(texts: Iterable[str], settings: Settings, say: Say) -> list[dict[str, An
         say(f"{train / MB:.1f} MB to train on, {held_out / MB:.1f} MB held out to encode")
         if "train" in settings.parts:
             rows += bench_training(folder, settings, say)
-        if {"encode", "hostile"} & set(settings.parts):
+        if set(settings.parts) - {"train"}:
             train_texts = read_documents(folder / "train.json")
             Tokenizer.train(train_texts, settings.vocab_size).save(folder / "tokenizer")
-        if "encode" in settings.parts:
+        if set(FORMS) & set(settings.parts):
             rows += bench_encoding(folder, settings, say)
         if "hostile" in settings.parts:
             rows += bench_hostile(folder, settings, say)
@@ -133,10 +131,6 @@ def write_documents(path: Path, documents: list[str]) -> None:
     path.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
 
 
-def read_documents(path: Path) -> list[str]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as lines of Markdown; a ratio above 1 means that fledge is better."""
     lines = [
@@ -170,7 +164,7 @@ def shown(value: float | None, unit: str) -> str:
 
 def bench_training(folder: Path, settings: Settings, say: Say) -> list[dict[str, Any]]:
     """Seconds and peak memory of training, contenders in turn."""
-    names = ["fledge", *installed(TRAINERS, say)]
+    names = ["fledge", *installed(TRAINERS, settings, say)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number, name in rounds(names, settings.runs):
         job = {"what": "train", "name": name, "folder": str(folder), "size": settings.vocab_size,
@@ -188,9 +182,9 @@ def bench_training(folder: Path, settings: Settings, say: Say) -> list[dict[str,
 
 def bench_encoding(folder: Path, settings: Settings, say: Say) -> list[dict[str, Any]]:
     """MB/s of every form of encoding and of decoding, cold and warm."""
-    names = ["fledge", *installed(ENCODERS, say)]
+    names = ["fledge", *installed(ENCODERS, settings, say)]
     rows = []
-    for form in FORMS:
+    for form in (form for form in FORMS if form in settings.parts):
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for number, name in rounds(names, settings.runs):
             job = {"what": form, "name": name, "folder": str(folder), "threads": settings.threads}
@@ -213,7 +207,7 @@ def bench_hostile(folder: Path, settings: Settings, say: Say) -> list[dict[str, 
     prose = "\n".join(read_documents(folder / "held_out.json"))
     write_documents(folder / "hostile.json", list(hostile_texts(prose).values()))
     kinds = list(hostile_texts(""))
-    present = installed({k: ENCODERS[k] for k in ("tiktoken", "HF tokenizers")}, say)
+    present = installed({k: ENCODERS[k] for k in ("tiktoken", "HF tokenizers")}, settings, say)
     names = ["fledge", *present]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number, name in rounds(names, min(3, settings.runs)):
@@ -258,12 +252,13 @@ def rounds(names: list[str], runs: int) -> Iterator[tuple[int, str]]:
             yield number + 1, name
 
 
-def installed(peers: dict[str, str], say: Say) -> list[str]:
-    """The peers whose package can be imported; the others are named."""
-    missing = [name for name, module in peers.items() if importlib.util.find_spec(module) is None]
+def installed(peers: dict[str, str], settings: Settings, say: Say) -> list[str]:
+    """The wanted peers whose package can be imported; the others are named."""
+    wanted = [name for name in peers if name in settings.peers]
+    missing = [name for name in wanted if importlib.util.find_spec(peers[name]) is None]
     if missing:
         say(f"not installed, so not beside it: {', '.join(missing)}")
-    return [name for name in peers if name not in missing]
+    return [name for name in wanted if name not in missing]
 
 
 def row(
@@ -310,7 +305,7 @@ def call(job: dict[str, Any]) -> dict[str, Any]:
         "RAYON_NUM_THREADS": str(job.get("threads", 1)),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "fledge.bench.tok", json.dumps(job)],
+        [sys.executable, "-m", "fledge.bench.tok_jobs", json.dumps(job)],
         capture_output=True, text=True, env=environment, timeout=JOB_TIMEOUT_SECONDS, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -319,252 +314,3 @@ def call(job: dict[str, Any]) -> dict[str, Any]:
             f"measuring {job['name']} ({job['what']}) failed", lines[-1], "leave that peer out"
         )
     return json.loads(done.stdout)
-
-
-# -- one job, in its own process -------------------------------------------------------------------
-
-
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """What a job measures."""
-    if job["what"] == "train":
-        return work_train(job)
-    folder = Path(job["folder"])
-    forms = LOADERS[job["name"]](folder / "tokenizer", job.get("threads", 1))
-    if job["what"] == "hostile":
-        texts = read_documents(folder / "hostile.json")
-        encode = forms.get("numpy") or forms["list"]
-        rates = {}
-        for kind, text in zip(job["kinds"], texts, strict=True):
-            try:
-                seconds = seconds_of(lambda text=text: encode(text))
-            except Exception:  # a peer that gives up on such text; ours must not
-                if job["name"] == "fledge":
-                    raise
-                seconds = math.inf
-            rates[kind] = len(text.encode()) / MB / seconds
-        return {"rates": rates}
-    documents = read_documents(folder / "held_out.json")
-    return {"rates": RATES[job["what"]](forms, documents)}
-
-
-def work_train(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and peak resident bytes of one training."""
-    folder, name, size = Path(job["folder"]), job["name"], job["size"]
-    if name == "gigatoken":  # GPT-2's pattern, from a file: the only form it has
-        gigatoken = importlib.import_module("gigatoken")
-
-        source = gigatoken.TextFileSource(str(folder / "train.txt"))
-        seconds = seconds_of(lambda: gigatoken.train_bpe(source, size, []))
-    else:
-        texts = read_documents(folder / "train.json")
-        seconds = seconds_of(TRAIN[name](texts, size, job["threads"]))
-    return {"seconds": seconds, "peak_bytes": peak_bytes()}
-
-
-def _train_fledge(texts: list[str], size: int, threads: int) -> Callable[[], object]:
-    return lambda: Tokenizer.train(texts, size, threads=threads)
-
-
-def _train_rustbpe(texts: list[str], size: int, threads: int) -> Callable[[], object]:
-    rustbpe = importlib.import_module("rustbpe")
-
-    trainer = rustbpe.Tokenizer()
-    pattern = reference.PATTERNS["qwen2"]
-    return lambda: trainer.train_from_iterator(iter(texts), size, pattern=pattern)
-
-
-def _train_hf(texts: list[str], size: int, threads: int) -> Callable[[], object]:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(reference.PATTERNS["qwen2"]), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    return lambda: tokenizer.train_from_iterator(texts, trainer)
-
-
-TRAIN = {"fledge": _train_fledge, "rustbpe": _train_rustbpe, "HF tokenizers": _train_hf}
-
-Forms = dict[str, Callable[..., Any]]  # list, numpy, batch_list, batch_numpy, decode
-
-
-def _load_fledge(folder: Path, threads: int) -> Forms:
-    tok = Tokenizer.load(folder)
-    return {
-        "list": tok.encode,
-        "numpy": tok.encode_to_numpy,
-        "batch_list": lambda docs: tok.encode_batch(docs, threads),
-        "batch_numpy": lambda docs: tok.encode_to_numpy(docs, threads=threads),
-        "decode": tok.decode,
-    }
-
-
-def _load_tiktoken(folder: Path, threads: int) -> Forms:
-    import tiktoken
-    from tiktoken.load import load_tiktoken_bpe
-
-    encoding = tiktoken.Encoding(
-        "bench",
-        pat_str=reference.PATTERNS["qwen2"],
-        mergeable_ranks=load_tiktoken_bpe(str(folder / "vocab.tiktoken")),
-        special_tokens={},
-    )
-    return {
-        "list": encoding.encode_ordinary,
-        "numpy": lambda text: encoding.encode_to_numpy(text, disallowed_special=()),
-        "batch_list": lambda docs: encoding.encode_ordinary_batch(docs, num_threads=threads),
-        "decode": encoding.decode,
-    }
-
-
-def _load_hf(folder: Path, threads: int) -> Forms:
-    import tokenizers
-
-    other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-    def batch(docs: list[str]) -> list[list[int]]:
-        return [e.ids for e in other.encode_batch_fast(docs, add_special_tokens=False)]
-
-    return {
-        "list": lambda text: other.encode(text, add_special_tokens=False).ids,
-        "batch_list": batch,
-        "decode": lambda ids: other.decode(ids, skip_special_tokens=False),
-    }
-
-
-def _load_gigatoken(folder: Path, threads: int) -> Forms:
-    gigatoken = importlib.import_module("gigatoken")
-
-    other = gigatoken.Tokenizer(str(folder / "tokenizer.json"))
-    parallel = threads > 1
-    return {
-        "list": lambda text: other.encode(text).tolist(),
-        "numpy": other.encode,
-        "batch_list": lambda docs: other.encode_batch_list(docs, parallel=parallel),
-        "batch_numpy": lambda docs: other.encode_batch(docs, parallel=parallel),
-        "decode": lambda ids: other.decode(ids).decode("utf-8", "replace"),
-    }
-
-
-def _load_fastokens(folder: Path, threads: int) -> Forms:
-    fastokens = importlib.import_module("fastokens")
-
-    other = fastokens.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return {
-        "list": lambda text: list(other.encode_ordinary(text).ids),
-        "decode": lambda ids: other.decode(ids),
-    }
-
-
-def _load_kitoken(folder: Path, threads: int) -> Forms:
-    kitoken = importlib.import_module("kitoken")
-
-    other = kitoken.Kitoken.from_tokenizers_file(str(folder / "tokenizer.json"))
-    return {
-        "list": lambda text: other.encode(text, False),
-        "batch_list": lambda docs: other.encode_all(docs, False),
-        "decode": lambda ids: other.decode(ids, False),
-    }
-
-
-LOADERS: dict[str, Callable[[Path, int], Forms]] = {
-    "fledge": _load_fledge,
-    "tiktoken": _load_tiktoken,
-    "HF tokenizers": _load_hf,
-    "gigatoken": _load_gigatoken,
-    "fastokens": _load_fastokens,
-    "kitoken": _load_kitoken,
-}
-
-
-def _rates_document(forms: Forms, documents: list[str]) -> dict[str, float]:
-    """One long document: the first pass of the process, then warm ones, in each form."""
-    text = "\n".join(documents)
-    megabytes = len(text.encode()) / MB
-    fast = forms.get("numpy") or forms["list"]
-    cold = seconds_of(lambda: fast(text))
-    rates = {"cold": megabytes / cold}
-    if "numpy" in forms:
-        rates["warm, numpy"] = megabytes / warm_seconds(lambda: forms["numpy"](text))
-    rates["warm, list"] = megabytes / warm_seconds(lambda: forms["list"](text))
-    return rates
-
-
-def _rates_loop(forms: Forms, documents: list[str]) -> dict[str, float]:
-    """2 KB documents, one call each, on one thread."""
-    docs = short_documents(documents)
-    megabytes = sum(len(d.encode()) for d in docs) / MB
-    rates = {}
-    for form in ("numpy", "list"):
-        if form in forms:
-            encode = forms[form]
-            rates[form] = megabytes / warm_seconds(lambda encode=encode: [encode(d) for d in docs])
-    return rates
-
-
-def _rates_batch(forms: Forms, documents: list[str]) -> dict[str, float]:
-    """2 KB documents in one call, on the given threads."""
-    docs = short_documents(documents)
-    megabytes = sum(len(d.encode()) for d in docs) / MB
-    rates = {}
-    for form in ("batch_numpy", "batch_list"):
-        if form in forms:
-            encode = forms[form]
-            rates[form[6:]] = megabytes / warm_seconds(lambda encode=encode: encode(docs))
-    return rates
-
-
-def _rates_decode(forms: Forms, documents: list[str]) -> dict[str, float]:
-    """A list of ids back to text."""
-    text = "\n".join(documents)
-    ids = forms["list"](text)
-    decoded = forms["decode"](ids)
-    assert decoded == text, "a contender does not decode its own ids"
-    return {"list": len(text.encode()) / MB / warm_seconds(lambda: forms["decode"](ids))}
-
-
-RATES = {
-    "document": _rates_document,
-    "loop": _rates_loop,
-    "batch": _rates_batch,
-    "decode": _rates_decode,
-}
-
-
-def short_documents(documents: list[str]) -> list[str]:
-    """The same text in pieces of about 2 KB."""
-    text = "\n".join(documents)
-    return [text[at : at + SHORT_BYTES] for at in range(0, len(text), SHORT_BYTES)]
-
-
-def seconds_of(function: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call; what it returns is dropped outside the clock."""
-    began = time.perf_counter()
-    result = function()
-    seconds = time.perf_counter() - began
-    del result
-    return seconds
-
-
-def warm_seconds(function: Callable[[], object]) -> float:
-    """The median of a few calls after one that warms up."""
-    seconds_of(function)
-    return statistics.median(seconds_of(function) for _ in range(WARM_PASSES))
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-if __name__ == "__main__":
-    print(json.dumps(work(json.loads(sys.argv[1]))))

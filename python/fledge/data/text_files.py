@@ -223,20 +223,25 @@ def json_lines(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
 def jsonl_texts(file: SourceFile) -> Iterator[str]:
     """The `text` (or `content`) of every line."""
     for number, row in json_lines(file):
-        name = next((name for name in TEXT_FIELDS if name in row), None)
-        if name is None:
-            raise UserError(
-                f"{file.path}:{number} has no field `text` or `content`",
-                f"its fields are {', '.join(map(repr, row)) or 'none'}",
-                "rename the field that holds the text",
-            )
-        if not isinstance(row[name], str):
-            raise UserError(
-                f"{file.path}:{number}: `{name}` is {type(row[name]).__name__}, not a string",
-                "a document is one string",
-                "mend or remove that line",
-            )
-        yield row[name]
+        yield text_of(row, file, number)
+
+
+def text_of(row: dict[str, Any], file: SourceFile, number: int) -> str:
+    """The `text` (or `content`) of line `number` of a .jsonl file; UserError if it has none."""
+    name = next((name for name in TEXT_FIELDS if name in row), None)
+    if name is None:
+        raise UserError(
+            f"{file.path}:{number} has no field `text` or `content`",
+            f"its fields are {', '.join(map(repr, row)) or 'none'}",
+            "rename the field that holds the text",
+        )
+    if not isinstance(row[name], str):
+        raise UserError(
+            f"{file.path}:{number}: `{name}` is {type(row[name]).__name__}, not a string",
+            "a document is one string",
+            "mend or remove that line",
+        )
+    return row[name]
 
 
 def parquet_texts(file: SourceFile) -> Iterator[str]:

@@ -209,27 +209,22 @@ class Tokenizer:
         and where each begins and the last ends, [texts + 1] uint64. The ids are uint16 where the
         vocabulary has at most 65,536 of them, else uint32.
         """
-        wide, dtype, from_buffer = self._arrays
+        arrays = self._arrays
         if isinstance(text, str):
             try:
-                ids = self._bpe.encode_array(text, wide=wide)
+                ids = arrays.one(text)
             except UnicodeEncodeError:
-                ids = self._bpe.encode_array(_without_surrogates(text), wide=wide)
-            return from_buffer(ids, dtype)
+                ids = arrays.one(_without_surrogates(text))
+            return arrays.view(ids, arrays.dtype)
         try:
-            ids, offsets = self._bpe.encode_batch_array(text, threads, wide=wide)
+            ids, offsets = arrays.batch(text, threads)
         except UnicodeEncodeError:
-            clean = [_without_surrogates(t) for t in text]
-            ids, offsets = self._bpe.encode_batch_array(clean, threads, wide=wide)
-        return from_buffer(ids, dtype), from_buffer(offsets, "uint64")
+            ids, offsets = arrays.batch([_without_surrogates(t) for t in text], threads)
+        return arrays.view(ids, arrays.dtype), arrays.view(offsets, "uint64")
 
     @functools.cached_property
-    def _arrays(self) -> tuple[bool, np.dtype, Callable[..., np.ndarray]]:
-        """Whether ids need 32 bits, their dtype, and numpy's view of memory; numpy comes late."""
-        import numpy as np
-
-        wide = self.vocab_size > NARROW_IDS
-        return wide, np.dtype(np.uint32 if wide else np.uint16), np.frombuffer
+    def _arrays(self) -> _Arrays:
+        return _Arrays(self._bpe, wide=self.vocab_size > NARROW_IDS)
 
     def count(self, text: str) -> int:
         """How many ids `text` has; special tokens in it are ordinary text."""
@@ -244,6 +239,11 @@ class Tokenizer:
 
     def decode(self, ids: Ids, *, skip_special: bool = False, errors: str = "replace") -> str:
         """The text of `ids`; `errors` says what becomes of bytes that are no UTF-8 (U+FFFD)."""
+        if type(ids) is list:
+            try:
+                return self._bpe.decode(ids, errors)
+            except (ValueError, OverflowError):
+                pass  # special tokens among them, ids that are none, or an error that comes again
         return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors)
 
     def decode_bytes(self, ids: Ids, *, skip_special: bool = False) -> bytes:
@@ -285,6 +285,20 @@ class Tokenizer:
             return self._texts[special_id]
         except KeyError:
             raise ValueError(f"token {special_id} is not below {self.vocab_size}") from None
+
+
+class _Arrays:
+    """How ids become an array: found out once a tokenizer, for a short text has no time for it."""
+
+    __slots__ = ("batch", "dtype", "one", "view")
+
+    def __init__(self, bpe: Any, *, wide: bool) -> None:
+        import numpy as np  # late: nothing else here needs it
+
+        self.one = bpe.encode_u32 if wide else bpe.encode_u16
+        self.batch = bpe.encode_batch_u32 if wide else bpe.encode_batch_u16
+        self.dtype = np.dtype(np.uint32 if wide else np.uint16)
+        self.view = np.frombuffer
 
 
 class Decoder:

@@ -2,8 +2,9 @@
 
 `fledge tok eval` measures a tokenizer of ours beside those found on this machine: GPT-2, GPT-4 and
 GPT-4o where tiktoken's cache holds them, and every `tokenizer.json` or tiktoken file that is named
-or lies in FLEDGE_HOME/tokenizers. Others are encoded by their own library, so a difference is
-theirs and not ours. Nothing here trains, writes or reaches the network.
+or lies in FLEDGE_HOME/tokenizers. A tokenizer.json is counted by its own library, so a difference
+is theirs and not ours; a tiktoken file by our engine, whose ids are tested equal to tiktoken's with
+the same ranks. Nothing here trains, writes or reaches the network.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fledge.errors import UserError
+from fledge.tokenizer.bpe import engine
 from fledge.tokenizer.files import load_tiktoken
-from fledge.tokenizer.reference import pattern_regex
 
 Count = Callable[[str], int]  # text -> number of tokens, special tokens as plain text
 
@@ -173,18 +174,10 @@ def _from_json(path: Path) -> Count:
 
 
 def _from_tiktoken(path: Path, pattern: str) -> Count:
+    name = _FILE_PATTERNS.get(path.stem, pattern)
     try:
-        import tiktoken
-    except ImportError:
+        return engine().Bpe.from_ranks(load_tiktoken(path), name).count
+    except ValueError as error:  # no such pattern, or ranks that only look right
         raise UserError(
-            f"{path} cannot be measured",
-            "the package tiktoken is not installed",
-            "pip install tiktoken",
+            f"{path} cannot be measured", str(error), "name a pattern with --pattern"
         ) from None
-    encoding = tiktoken.Encoding(
-        path.stem,
-        pat_str=pattern_regex(_FILE_PATTERNS.get(path.stem, pattern)),
-        mergeable_ranks={token: i for i, token in enumerate(load_tiktoken(path))},
-        special_tokens={},
-    )
-    return lambda text: len(encoding.encode_ordinary(text))

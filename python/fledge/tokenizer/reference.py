@@ -240,6 +240,16 @@ class Bpe:
             self._bytes.append(self._bytes[pair[0]] + self._bytes[pair[1]])
         self._encode_piece = functools.lru_cache(maxsize=1 << 16)(self._encode_piece_uncached)
 
+    @classmethod
+    def from_ranks(cls, tokens: Sequence[bytes], pattern: str) -> Bpe:
+        """The BPE of tokens in the order of their ranks, as tiktoken has it.
+
+        Any two neighbours join whose bytes together are a token, the lowest rank first, and a piece
+        that is a token is that token. ValueError for a token twice or without bytes, or a byte that
+        is none.
+        """
+        return _RankBpe(tokens, pattern)
+
     @property
     def num_tokens(self) -> int:
         return len(self._bytes)
@@ -264,22 +274,38 @@ class Bpe:
         """The ids of each text; `threads` changes nothing here."""
         return [self.encode(text) for text in texts]
 
-    def encode_array(self, text: str, *, wide: bool) -> bytes:
-        """The ids of `text` as the bytes of an array of uint32, or of uint16 if not `wide`."""
-        return array.array("I" if wide else "H", self.encode(text)).tobytes()
+    def encode_u16(self, text: str) -> bytearray:
+        """The ids of `text` as the memory of an array of uint16."""
+        return _memory("H", self.encode(text))
 
-    def encode_batch_array(
-        self, texts: Sequence[str], threads: int | None = None, *, wide: bool
-    ) -> tuple[bytes, bytes]:
+    def encode_u32(self, text: str) -> bytearray:
+        """The ids of `text` as the memory of an array of uint32."""
+        return _memory("I", self.encode(text))
+
+    def encode_batch_u16(
+        self, texts: Sequence[str], threads: int | None = None
+    ) -> tuple[bytearray, bytearray]:
         """All ids as one such array, and uint64 where each text begins and the last ends."""
+        return self._batch("H", texts)
+
+    def encode_batch_u32(
+        self, texts: Sequence[str], threads: int | None = None
+    ) -> tuple[bytearray, bytearray]:
+        """The same with uint32."""
+        return self._batch("I", texts)
+
+    def _batch(self, kind: str, texts: Sequence[str]) -> tuple[bytearray, bytearray]:
         each = [self.encode(text) for text in texts]
-        ids = array.array("I" if wide else "H", itertools.chain.from_iterable(each))
-        ends = array.array("Q", itertools.accumulate(map(len, each), initial=0))
-        return ids.tobytes(), ends.tobytes()
+        ends = itertools.accumulate(map(len, each), initial=0)
+        return _memory(kind, itertools.chain.from_iterable(each)), _memory("Q", ends)
 
     def count(self, text: str) -> int:
         """How many ids `text` has."""
         return len(self.encode(text))
+
+    def decode(self, ids: Sequence[int], errors: str) -> str:
+        """The text of `ids`; `errors` says what becomes of bytes that are no UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", errors)
 
     def decode_array(self, ids: bytes) -> bytes:
         """`decode_bytes` of an array of uint32 given by its bytes."""
@@ -294,3 +320,39 @@ class Bpe:
         if not 0 <= id < len(self._bytes):
             raise ValueError(f"token {id} is not below {len(self._bytes)}")
         return self._bytes[id]
+
+
+class _RankBpe(Bpe):
+    """A BPE that knows its tokens by their bytes instead of by merges."""
+
+    def __init__(self, tokens: Sequence[bytes], pattern: str) -> None:
+        super().__init__([], pattern)
+        self._bytes = list(tokens)
+        self._ranks: dict[bytes, int] = {}
+        for rank, token in enumerate(tokens):
+            if not token:
+                raise ValueError(f"the token of rank {rank} has no bytes")
+            if token in self._ranks:
+                raise ValueError(f"ranks {self._ranks[token]} and {rank} are both {token!r}")
+            self._ranks[token] = rank
+        for byte in range(NUM_BYTES):
+            if bytes([byte]) not in self._ranks:
+                raise ValueError(f"no token is the single byte 0x{byte:02x}")
+
+    def _encode_piece_uncached(self, piece: str) -> list[int]:
+        whole = self._ranks.get(piece.encode())
+        if whole is not None:
+            return [whole]
+        parts = [bytes([byte]) for byte in piece.encode()]
+        while len(parts) > 1:
+            joined = [self._ranks.get(left + right) for left, right in pairwise(parts)]
+            ranks = [rank for rank in joined if rank is not None]
+            if not ranks:
+                break
+            at = joined.index(min(ranks))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        return [self._ranks[part] for part in parts]
+
+
+def _memory(kind: str, numbers: Iterable[int]) -> bytearray:
+    return bytearray(array.array(kind, numbers).tobytes())
