@@ -18,7 +18,7 @@ from fledge.data.worlds import load_world
 from fledge.data.worlds.audit import audit
 from fledge.engine import Engine
 from fledge.engine.tools import Tools
-from fledge.evals.scoring import score_task
+from fledge.evals.examine import score_task
 from fledge.evals.tasks.worlds import find_world_tasks
 from fledge.model import Transformer
 from fledge.run import Run

@@ -89,7 +89,7 @@ def settings() -> set[str]:
 
 
 SUB_VERBS = {
-    "data": ("list", "make", "check", "stats"),
+    "data": ("list", "download", "make", "check", "overlap", "stats"),
     "tok": ("train", "eval", "encode", "decode", "bench"),
 }
 

@@ -78,7 +78,8 @@ def test_markdown_holds_every_section(run: Run) -> None:
 
 def test_rendering_again_gives_the_same_bytes(run: Run) -> None:
     paths = [run.report_file("json"), run.report_file("md"), run.report_file("html")]
-    paths += [run.plot_file(name) for name in ("loss", "bpb", "lr", "reward")]
+    paths += sorted((run.path / "plots").iterdir())
+    assert {p.stem for p in paths} >= {"loss", "bpb", "lr", "reward", "scores", "memory"}
     before = [path.read_bytes() for path in paths]
     report.render(Run.read(run.path))
     assert [path.read_bytes() for path in paths] == before
@@ -89,7 +90,7 @@ def test_html_is_one_well_formed_page_with_its_plots(run: Run) -> None:
     page = WellFormed()
     page.feed(text)
     assert page.stack == []
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == len(list((run.path / "plots").iterdir())) == 6
     assert "src=" not in text and "<script" not in text
 
 
@@ -122,7 +123,8 @@ def test_two_runs_side_by_side(run: Run, tmp_path: Path) -> None:
     table = json.loads(path.read_text())
     path.write_text(json.dumps(table | {"value": 0.5, "low": 0.45, "high": 0.55}))
     text = report.compare(run, other)
-    assert "-0.300 (intervals apart)" in text
+    # both kept four answers to the same questions, all alike: nothing to star
+    assert "+0.0 (+0.0 to +0.0)" in text and " *" not in text.split("A star")[0]
     assert "| rl | world_facts |" in text and "+0.000" in text
     assert "\nnone\n" in text  # no setting differs
 
@@ -181,3 +183,121 @@ def test_thin_keeps_ends_and_means() -> None:
     thinned = report_plots.thin(points, 100)
     assert len(thinned) == 100 and thinned[-1][0] == 999
     assert sum(y for _, y in thinned) / 100 == pytest.approx(499.5)
+
+
+# -- what a run may have beside the plain ----------------------------------------------------------
+
+
+def write_core(run: Run, folder: Path) -> None:
+    from fledge.evals.core import CORE_TASKS
+    from fledge.evals.examine import TaskResult
+    from fledge.evals.suite import core_table
+
+    results = []
+    for i, task in enumerate(CORE_TASKS):
+        value = 0.3 + i / 100
+        details = {"profile": "nanochat", "shots": task.shots, "truncated": i, "guessing": 0.25}
+        details |= {f"centred_{v}": task.centred(value, v) for v in ("v1", "v2")}
+        records = [{"id": f"{j}", "question": "q", "score": float(j < 30)} for j in range(100)]
+        results.append(
+            TaskResult(
+                f"core/{task.name}",
+                value,
+                value - 0.1,
+                value + 0.1,
+                100,
+                0.01 * task.baseline_v1,
+                1.0,
+                records,
+                None,
+                0.05,
+                details,
+            )
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "core.json").write_text(json.dumps(core_table(results, profile="nanochat")))
+
+
+def test_core_of_the_base_model_stands_in_the_report(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "r")
+    write_core(run, run.step_evals_dir("base", "step_000040"))
+    facts = report.render(run)
+    scores = facts["stages"]["base"]["scores"]
+    assert scores["core_v1"]["unit"] == "centred accuracy" and scores["core_v1"]["n"] == 2200
+    text = run.report_file("md").read_text()
+    assert "| core_v1 | 0." in text and "| core_v2 | 0." in text
+    assert "\n## CORE by task\n" in text and "| commonsense_qa |" in text
+    assert "21 of 100" in text  # prompts that were cut, of the last task
+    assert run.plot_file("core").is_file()
+    # one row a task in its own table, none in the summary
+    assert text.count("| bigbench_operators |") == 1 and "| core/" not in text
+
+
+def test_a_failed_run_says_where_and_why(tmp_path: Path) -> None:
+    with open_run(tmp_path / "r") as run:
+        do_stage(run, "tokenizer")
+        parts = run.stage_parts("base", data={"world": "village"})
+        run.begin_stage("base", parts)
+        run.end_stage("base", "failed", seconds=3.0, error="RuntimeError: the loss is not finite")
+        run.log_file("base").write_text("step 4\nstep 5 loss nan\n")
+        report.render(run)
+        text = run.report_file("md").read_text()
+    assert "It failed in base: see what went wrong." in text
+    section = text.partition("## What went wrong")[2].partition("\n## ")[0]
+    assert "base is failed after 3 s: RuntimeError: the loss is not finite" in section
+    assert "step 5 loss nan" in section
+
+
+def test_no_page_shows_a_number_that_is_none(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / "done")]
+    with open_run(tmp_path / "begun") as begun:
+        do_stage(begun, "tokenizer", status="interrupted")
+    runs.append(begun)
+    for run in runs:
+        report.render(run)
+        shown = run.report_file("html").read_text().partition("<body>")[2]
+        shown = shown.partition("What it was made of")[0]
+        for bad in ("nan", "NaN", "None", "null", "undefined", "inf "):
+            assert f" {bad}" not in shown and f">{bad}<" not in shown, (run.path, bad)
+
+
+def test_the_plan_stands_beside_the_time_it_took(run: Run) -> None:
+    text = run.report_file("md").read_text()
+    assert "| stage | planned | actual | actual / planned |" in text
+    facts = json.loads(run.report_file("json").read_text())
+    assert facts["stages"]["base"]["planned_seconds"] > 0
+
+
+def test_overlap_is_told_where_it_was_looked_for(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "r")
+    found = {"items": 1319, "too_short": 2, "overlapped": 3, "share": 3 / 1319,
+             "examples": [{"id": "gsm8k/7", "words": "natalia sold clips to"}]}  # fmt: skip
+    table = {"words": 13, "documents": 9, "bytes": 5_000_000, "tasks": {"gsm8k": found}}
+    run.overlap_file.parent.mkdir(parents=True, exist_ok=True)
+    run.overlap_file.write_text(json.dumps(table | {"notes": []}))
+    report.render(run)
+    text = run.report_file("md").read_text()
+    assert "| gsm8k | 1,319 | 3 | 0.23 % | 2 | natalia sold clips to |" in text
+
+
+def test_two_runs_are_paired_where_they_answered_the_same(tmp_path: Path) -> None:
+    a, b = finished_run(tmp_path / "a"), finished_run(tmp_path / "b")
+    for run, right in ((a, 0.5), (b, 0.6)):
+        rows = [{"id": str(i), "question": "q", "correct": i < 200 * right} for i in range(200)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        run.task_samples_file("rl", "world_math").write_text(lines)
+    text = report.compare(a, b)
+    row = next(line for line in text.splitlines() if line.startswith("| rl | world_math"))
+    assert "+10.0 (+" in row and row.rstrip(" |").endswith("*")
+    # other questions under the same numbers are no pairs
+    rows = [{"id": str(i), "question": "other", "correct": True} for i in range(200)]
+    b.task_samples_file("rl", "world_math").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    row = next(x for x in report.compare(a, b).splitlines() if x.startswith("| rl | world_math"))
+    assert "to +" not in row
+
+
+def test_lines_differ_in_more_than_colour() -> None:
+    svg = report_plots.draw("t", {"a": [(0, 1), (1, 2)], "b": [(0, 2), (1, 1)]}, y_label="nats")
+    assert svg is not None
+    assert "stroke-dasharray" in svg and "#0072b2" in svg and "#d55e00" in svg
+    assert ">nats<" in svg and ">step<" in svg

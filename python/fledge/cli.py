@@ -72,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     if words[:1] == ["--debug"]:
         del words[0]
+    # GNU OpenMP reads this when torch is loaded. Its threads wait for each other by spinning, by
+    # default for milliseconds, and then take from each other the cores that another program left
+    # them: with two such programs one step took 0.73 s and at times 5.6; with this 0.68, always.
+    # Alone on the machine there is no difference (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -346,25 +351,9 @@ def verb_doctor(words: list[str]) -> int:
 
 def verb_eval(words: list[str]) -> int:
     """`fledge eval`: give a model its exams."""
-    parser = Parser("eval", VERBS["eval"].summary)
-    parser.add_argument("model", type=Path, help="a run directory or a checkpoint folder")
-    parser.add_argument("--tasks", help="names with commas between; default: all the data offers")
-    parser.add_argument("--max-examples", type=positive, help="at most this many of each task")
-    parser.add_argument("--data-root", help="folder with task files (default: FLEDGE_DATA)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    args = parser.parse_args(words)
-    _require_folder(args.model)
-    from fledge.stages.evaluate import evaluate_model
+    from fledge.cli_eval import evaluate
 
-    tasks = tuple(t.strip() for t in args.tasks.split(",") if t.strip()) if args.tasks else None
-    result = evaluate_model(args.model, tasks, args.max_examples, args.data_root)
-    if args.json:
-        _print_json(result)
-        return EXIT_DONE
-    from fledge.report import scores_text
-
-    print(scores_text(result), end="")
-    return EXIT_DONE
+    return evaluate(words)
 
 
 def verb_chat(words: list[str]) -> int:
@@ -463,6 +452,13 @@ def verb_tok(words: list[str]) -> int:
     return tok(words)
 
 
+def verb_sweep(words: list[str]) -> int:
+    """`fledge sweep`: a grid of runs and their scaling law."""
+    from fledge.cli_sweep import sweep
+
+    return sweep(words)
+
+
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -495,17 +491,23 @@ VERBS: dict[str, Verb] = {
     ),
     "data": Verb(
         verb_data,
-        "list | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE | stats PATH",
+        "list | download SOURCE | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE\n"
+        "      | overlap RUN|TEXT... | stats PATH",
         "worlds and your own text",
     ),
     "tok": Verb(verb_tok, "train|eval|encode|decode|bench ...", "the tokenizer by itself"),
     "eval": Verb(
         verb_eval,
-        "MODEL [--tasks A,B] [--max-examples N] [--json]",
+        "MODEL [--tasks core,mmlu,...] [--max-examples N] [--compare OTHER] [--json]",
         "exams of a run's last stage or of a checkpoint folder, with intervals",
     ),
     "chat": Verb(verb_chat, "MODEL [-p PROMPT]", "talk to a model"),
     "report": Verb(verb_report, "RUN [RUN2]", "render the report again; two runs side by side"),
+    "sweep": Verb(
+        verb_sweep,
+        "RECIPE --grid SECTION.KEY=A,B,... [--grid ...] [--seeds N] [--out DIR]",
+        "a grid of runs up to the end of base, and the scaling law they tell",
+    ),
     "bench": Verb(
         verb_bench, "sandbox|tok [--json]", "measure this machine, each figure with a peer"
     ),

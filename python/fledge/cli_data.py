@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from fledge.cli import Parser, positive, run_sub_verb
@@ -15,7 +16,14 @@ from fledge.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 def data(words: list[str]) -> int:
     """`fledge data ...`."""
-    choices = {"list": _list, "make": _make, "check": _check, "stats": _stats}
+    choices = {
+        "list": _list,
+        "download": _download,
+        "make": _make,
+        "check": _check,
+        "overlap": _overlap,
+        "stats": _stats,
+    }
     return run_sub_verb("data", words, choices)
 
 
@@ -34,6 +42,7 @@ def _list(words: list[str]) -> int:
         print(f"  {name:<10} {what}")
     print("your own facts: `fledge data make world --csv FACTS.csv --out DIR`")
     print("your own text: --data.source PATH (.txt .md .jsonl .parquet, also .gz .zst)")
+    print("corpora of the hub: --data.source fineweb-edu, climbmix, or hub:OWNER/NAME")
     print(f"task files (data.root or FLEDGE_DATA): {root or 'FLEDGE_DATA is not set'}")
     for name, is_there in held.items():
         print(f"  {name:<10} {'found' if is_there else 'not found'}")
@@ -45,6 +54,19 @@ _WORLDS = {
     "almanac": "real facts: countries, elements, planets, animals, calendar, units, inventions",
     "village": "invented people and places, new for every seed; for measuring",
 }
+
+
+def _download(words: list[str]) -> int:
+    parser = Parser("data download", "fetch the first shards of a corpus of the Hugging Face hub")
+    parser.add_argument("source", help="fineweb-edu, climbmix, or hub:OWNER/NAME[/FOLDER][@REV]")
+    parser.add_argument("--shards", type=positive, default=4, help="training shards (default 4)")
+    args = parser.parse_args(words)
+    from fledge.data.sources import download
+
+    for path in download(args.source, args.shards):
+        print(path, flush=True)
+    print(f"to train on it: fledge run laptop --data.source {args.source}", file=sys.stderr)
+    return EXIT_DONE
 
 
 def _make(words: list[str]) -> int:
@@ -92,6 +114,30 @@ def _stats(words: list[str]) -> int:
     from fledge.data.sources import describe
 
     print(json.dumps(describe(args.path), indent=2, ensure_ascii=False, default=str))
+    return EXIT_DONE
+
+
+def _overlap(words: list[str]) -> int:
+    parser = Parser(
+        "data overlap",
+        "which exam questions stand word for word in training text; of a run: in the text it was\n"
+        "trained on, and the result goes into its report",
+    )
+    parser.add_argument("text", type=Path, nargs="+", help="a run, or files or folders of text")
+    parser.add_argument("--tasks", help="names with commas between (default: all, CORE too)")
+    parser.add_argument("--words", type=positive, default=13, help="length of a run that counts")
+    parser.add_argument("--data-root", help="folder with task files (default: FLEDGE_DATA)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    args = parser.parse_args(words)
+    from fledge.stages import overlap
+
+    table = overlap.measure(
+        args.text,
+        tuple(args.tasks.split(",")) if args.tasks else None,
+        data_root=args.data_root,
+        words=args.words,
+    )
+    print(json.dumps(table, indent=2, ensure_ascii=False) if args.json else overlap.text(table))
     return EXIT_DONE
 
 

@@ -116,7 +116,8 @@ class DataSection:
     """[data]: what the model is raised on."""
 
     source: str | None = None
-    """A folder or file of .txt .md .jsonl .parquet (also .gz .zst): real text; absent = a world."""
+    """Real text: a folder or file of .txt .md .jsonl .parquet (also .gz .zst), or of the hub
+    fineweb-edu, climbmix, hub:OWNER/NAME[/FOLDER][@REVISION]; absent = a world."""
     world: str = "almanac"
     """The built-in world (almanac, village) or the path of a CSV table of your own facts."""
     seed: int = 0
@@ -126,7 +127,8 @@ class DataSection:
     val_fraction: float = 0.01
     """Share of the documents of `source` kept for validation."""
     max_bytes: int | None = None
-    """Read at most this many bytes of text from `source` (absent = 400 MB, which memory holds)."""
+    """Use at most this many bytes of `source`; absent = all of it (beyond 400 MB as shards under
+    FLEDGE_HOME)."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ class BaseSection:
     """Tokens to train on; wins over tokens_per_param."""
     tokens_per_param: float | None = None
     """Tokens per matrix parameter (blocks + head) when `tokens` is absent."""
+    law: str | None = execution(None)
+    """law.json of a `fledge sweep`: tokens_per_param then is the best of that scaling law."""
     global_batch_tokens: int | None = None
     """Tokens per optimizer step, over all devices."""
     device_batch_size: int | None = execution(None)

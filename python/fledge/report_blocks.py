@@ -15,6 +15,14 @@ from fledge import files, report_plots
 from fledge.config import STAGES, TRAINED_STAGES, recipe_to_toml
 from fledge.progress import format_count, format_seconds
 from fledge.report_pages import Block, Heading, Listing, Paragraph, Plot, Table
+from fledge.report_sections import (
+    DAMAGED,
+    core_blocks,
+    hash_blocks,
+    overlap_blocks,
+    plan_blocks,
+    wrong_blocks,
+)
 from fledge.run import Run
 from fledge.stats import format_interval
 
@@ -29,10 +37,10 @@ TASK_WORDS = {
     "arc_easy": "easy science questions (ARC)",
     "arc_challenge": "hard science questions (ARC)",
     "humaneval": "Python problems (HumanEval)",
+    "chat": "openings of a conversation in good form",
 }
 
 TRANSCRIPTS_OF_EARLIER_STAGES = 2
-DAMAGED = "delete it and run the same command again"
 
 
 def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) -> list[Block]:
@@ -42,13 +50,21 @@ def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) ->
         Paragraph(summary_text(run, facts)),
         Paragraph("Talk to it: `fledge chat .` in the folder of this report."),
         *_score_blocks(facts),
+        *(plot for plot in plots if plot.place == "scores"),
+        *core_blocks(facts),
+        *(plot for plot in plots if plot.place == "core"),
+        *overlap_blocks(run),
     ]
-    if plots:
-        blocks += [Heading("Curves"), *plots]
+    curves = [plot for plot in plots if plot.place == "curves"]
+    if curves:
+        blocks += [Heading("Curves"), *curves]
     blocks += [
         *_stage_blocks(run, facts),
+        *plan_blocks(run, facts),
+        *wrong_blocks(run, facts),
         *_sample_blocks(run, facts),
         *_made_of_blocks(run),
+        *hash_blocks(run),
         Heading("The code behind it"),
         code,
         *_skipped_blocks(run, facts, plots),
@@ -71,6 +87,9 @@ def summary_text(run: Run, facts: dict[str, Any]) -> str:
     ]
     sentences += _bpb_sentence(stages)
     sentences += _exam_sentences(stages)
+    failed = [name for name, stage in stages.items() if stage["status"] == "failed"]
+    if failed:
+        sentences.append(f"It failed in {_join(failed)}: see what went wrong.")
     unfinished = [name for name, stage in stages.items() if stage["status"] != "done"]
     missing = [name for name in STAGES if name not in stages and name != "rl"]
     if unfinished or missing:
@@ -122,7 +141,11 @@ def _exam_sentences(stages: Mapping[str, Any]) -> list[str]:
 def exams(stage: Mapping[str, Any]) -> dict[str, Any]:
     """The scores that are shares of right answers."""
     scores = stage.get("scores", {})
-    return {task: s for task, s in scores.items() if s.get("low") is not None and s.get("n")}
+    return {
+        task: s
+        for task, s in scores.items()
+        if s.get("unit") == "accuracy" and s.get("n") and not task.startswith("core/")
+    }
 
 
 def _join(parts: list[str]) -> str:
@@ -155,6 +178,8 @@ def score_table(stages: Mapping[str, Any]) -> Table | None:
         return None
     rows = []
     for task in tasks:
+        if task.startswith("core/"):  # they have a table of their own
+            continue
         scores = {name: stages[name]["scores"].get(task) for name in columns}
         known = [s["chance"] for s in scores.values() if s and s.get("chance") is not None]
         rows.append(
@@ -174,7 +199,9 @@ def cell(score: Mapping[str, Any] | None) -> str:
     if score.get("low") is None or not score.get("n"):
         text = f"{score['value']:.3f}"
         return text + (f" (bound {score['bound']:.3f})" if "bound" in score else "")
-    return f"{format_interval(score['value'], score['low'], score['high'])}, n={score['n']}"
+    percent = score.get("unit", "accuracy") == "accuracy"
+    text = format_interval(score["value"], score["low"], score["high"], percent=percent)
+    return f"{text}, n={score['n']}"
 
 
 def _stage_blocks(run: Run, facts: dict[str, Any]) -> list[Block]:
@@ -292,7 +319,7 @@ def _skipped_blocks(run: Run, facts: dict[str, Any], plots: list[Plot]) -> list[
             told.append([f"in {stage}", str(note)])
     for stage, table in facts["stages"].items():
         for task, score in table["scores"].items():
-            if score.get("note"):
+            if score.get("note") and not task.startswith("core/"):
                 told.append([f"{stage}, {task}", score["note"]])
     if not plots and not report_plots.can_draw():
         told.append(["plots", "matplotlib is not installed: pip install 'fledge[report]'"])

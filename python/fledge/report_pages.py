@@ -7,9 +7,11 @@ tables, transcripts and plots look. It reads no files.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+SHORT_CELL = 36  # characters
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #1b1f24; background: #fff }
@@ -18,10 +20,14 @@ table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: a
 th, td { border-bottom: 1px solid #d5d9de; padding: .3rem .7rem; text-align: left;
          vertical-align: top }
 pre { background: #f4f5f7; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
-svg { max-width: 100%; height: auto }
+figure { margin: 1rem 0; padding: .5rem; border-radius: .4rem; max-width: 46rem }
+svg { max-width: 100%; height: auto; display: block }
+td.s { white-space: nowrap }
+code { background: #f4f5f7; padding: .1rem .3rem; border-radius: .2rem }
+td:nth-child(n+2) { font-variant-numeric: tabular-nums }
 @media (prefers-color-scheme: dark) {
-  body { color: #e6e8eb; background: #15181c } pre { background: #22262c }
-  th, td { border-color: #3a4048 } svg { background: #fff }
+  body { color: #e6e8eb; background: #15181c } pre, code { background: #22262c }
+  th, td { border-color: #3a4048 } figure { background: #fff }
 }
 """
 
@@ -63,6 +69,8 @@ class Plot:
     path: str
     title: str
     svg: str = field(repr=False)
+    place: str = "curves"
+    """The section that it stands in: curves, scores or core."""
 
 
 Block = Heading | Paragraph | Table | Listing | Plot
@@ -87,7 +95,7 @@ def _markdown(block: Block) -> str:
             while fence in text:
                 fence += "`"
             return f"{fence}\n{text.rstrip()}\n{fence}"
-        case Plot(path, title, _):
+        case Plot(path, title):
             return f"![{title}]({path})"
 
 
@@ -106,21 +114,26 @@ def to_html(blocks: Sequence[Block], title: str) -> str:
     )
 
 
+def _td(cell: str) -> str:
+    """A cell; a short one stays on its line."""
+    whole = ' class="s"' if len(cell) <= SHORT_CELL else ""
+    return f"<td{whole}>{html.escape(cell)}</td>"
+
+
 def _html(block: Block) -> str:
     safe: Callable[[str], str] = html.escape
     match block:
         case Heading(text, level):
             return f"<h{level}>{safe(text)}</h{level}>"
         case Paragraph(text):
-            return f"<p>{safe(text)}</p>"
+            marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe(text))
+            return f"<p>{marked}</p>"
         case Table(header, rows):
             head = "".join(f"<th>{safe(cell)}</th>" for cell in header)
-            lines = [
-                "<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in row) + "</tr>" for row in rows
-            ]
+            lines = ["<tr>" + "".join(_td(cell) for cell in row) + "</tr>" for row in rows]
             return f"<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>"
         case Listing(text):
             return f"<pre>{safe(text.rstrip())}</pre>"
-        case Plot(_, title, svg):
+        case Plot(_, title, svg, _):
             # what comes before <svg is an XML header that HTML does not allow inside
             return f'<figure aria-label="{safe(title)}">{svg[svg.index("<svg") :]}</figure>'

@@ -219,6 +219,15 @@ class Run:
         """Folder of the exams, of one stage's model if given."""
         return self.path / "evaluate" / stage if stage else self.path / "evaluate"
 
+    @property
+    def overlap_file(self) -> Path:
+        """Which exam questions stand in the training text (`fledge data overlap`)."""
+        return self.evaluate_dir() / "overlap.json"
+
+    def step_evals_dir(self, stage: str, checkpoint: str) -> Path:
+        """Folder of the exams of one checkpoint that `fledge eval` took."""
+        return self.stage_dir(stage) / "evals" / checkpoint
+
     def task_file(self, stage: str, task: str) -> Path:
         """Result of one exam."""
         return self.evaluate_dir(stage) / f"{task}.json"

@@ -1,4 +1,4 @@
-"""Small statistics without numpy: intervals of scores and the entropy of answers.
+"""Small statistics: intervals of scores, paired differences and the entropy of answers.
 
 Used by evals and the report, so that no score stands without its uncertainty. Pure functions.
 """
@@ -10,6 +10,10 @@ import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the normal distribution: two-sided 95 %."""
@@ -55,17 +59,92 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    before: Sequence[bool], after: Sequence[bool], *, resamples: int = 1000, seed: int = 0
+    before: Sequence[float], after: Sequence[float], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(difference of the shares, low, high) of the same examples answered twice.
+    """(difference of the means, low, high) of the same examples scored twice, after - before.
 
-    Raises ValueError if the two do not pair up.
+    A paired bootstrap: examples are drawn, each with both its scores, so what is hard for both
+    models cancels. Raises ValueError if the two do not pair up.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} answers cannot be paired with {len(after)}")
     changes = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
     low, high = bootstrap_interval(changes, resamples=resamples, seed=seed)
     return fmean(changes), low, high
+
+
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """{"before", "after", "difference", "low", "high", "n", "significant"} of paired scores.
+
+    `paired_difference` for many examples: the differences take few distinct values, so the counts
+    of a resample are multinomial and no example is drawn one by one. `significant` means that the
+    95 % interval leaves out 0. Raises ValueError without pairs.
+    """
+    draws = resampled_differences(before, after, resamples=resamples, seed=seed)
+    return difference_row(fmean(before), fmean(after), draws, len(before))
+
+
+def resampled_differences(
+    before: Sequence[float], after: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+) -> np.ndarray:
+    """Resampled means of after - before, [resamples]. numpy is imported here only."""
+    import numpy as np
+
+    if len(before) != len(after) or not before:
+        raise ValueError(f"{len(before)} answers cannot be paired with {len(after)}")
+    values, counts = np.unique(np.subtract(after, before), return_counts=True)
+    n = len(before)
+    return np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
+
+
+def difference_row(before: float, after: float, draws: np.ndarray, n: int) -> dict[str, Any]:
+    """The shape of a compared score, from its resampled differences."""
+    import numpy as np
+
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {
+        "before": float(before),
+        "after": float(after),
+        "difference": float(after - before),
+        "low": float(low),
+        "high": float(high),
+        "n": n,
+        "significant": bool(low > 0 or high < 0),
+    }
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error: sample deviation / sqrt(n)); the error is nan for one value.
+
+    Raises ValueError without values.
+    """
+    if not values:
+        raise ValueError("no values")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    squares = math.fsum((v - mean) ** 2 for v in values)
+    return mean, math.sqrt(squares / (len(values) - 1) / len(values))
+
+
+def share_stderr(correct: int, n: int) -> float:
+    """Standard error of a share, by the sample deviation (as lm-eval reports it); nan for n < 2."""
+    if n < 2:
+        return math.nan
+    share = correct / n
+    return math.sqrt(share * (1 - share) / (n - 1))
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The unbiased estimate of passing at least once in k tries, from `correct` of n tries.
+
+    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374). "Any of n" is biased upwards.
+    """
+    if not 1 <= k <= n or not 0 <= correct <= n:
+        raise ValueError(f"pass@{k} cannot be told from {correct} of {n} tries")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def entropy_bits(items: Iterable[Hashable]) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.helpers_hub import COMMIT, LocalHub, local_hub
 
 from fledge.data import hub
 from fledge.errors import UserError
@@ -24,66 +22,45 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CONTENT = b'{"question": "1+1?", "answer": "#### 2"}\n'
-FILE = "/datasets/some/set/resolve/main/data/train.jsonl"
-
-
-class FakeHub(BaseHTTPRequestHandler):
-    """HEAD and GET of one file, with the headers that huggingface_hub reads."""
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        self.server.asked.append(self.path)  # type: ignore[attr-defined]
-        if self.path != FILE:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", '"' + hashlib.sha1(CONTENT).hexdigest() + '"')
-        self.send_header("Content-Length", str(len(CONTENT)))
-        self.end_headers()
-        if body:
-            self.wfile.write(CONTENT)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Keeps the test's output quiet."""
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as made:
-        made.asked = []  # type: ignore[attr-defined]
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{made.server_port}")
-        monkeypatch.setenv("FLEDGE_HOME", str(tmp_path / "home"))
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    files = {"some/set/data/train.jsonl": CONTENT}
+    with local_hub(files, str(tmp_path / "home"), monkeypatch) as made:
         yield made
-        made.shutdown()
 
 
-def test_a_file_is_fetched_once_and_then_kept(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_a_file_is_fetched_once_and_then_kept(server: LocalHub, tmp_path: Path) -> None:
     (path,) = hub.fetch("some/set", ["data/train.jsonl"])
     assert path.read_bytes() == CONTENT
     assert path.is_relative_to(tmp_path / "home")
-    asked = len(server.asked)  # type: ignore[attr-defined]
+    asked = len(server.asked)
     assert hub.fetch("some/set", ["data/train.jsonl"]) == [path]
-    assert len(server.asked) == asked  # type: ignore[attr-defined]
+    assert len(server.asked) == asked
     assert hub.reachable()
 
 
-def test_a_file_that_does_not_exist(server: ThreadingHTTPServer) -> None:
+def test_a_file_that_does_not_exist(server: LocalHub) -> None:
     with pytest.raises(UserError) as caught:
         hub.fetch("some/set", ["data/other.jsonl"])
     assert "the hub does not give some/set/data/other.jsonl" in caught.value.what
+
+
+def test_a_listing_is_asked_for_once(server: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = hub.listing("some/set")
+    assert found == hub.Listing("some/set", COMMIT, [("data/train.jsonl", len(CONTENT))])
+    asked = len(server.asked)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert hub.listing("some/set") == found  # without a network
+    assert len(server.asked) == asked
+    with pytest.raises(UserError, match="list of files of other/set"):
+        hub.listing("other/set")
+
+
+def test_a_listing_of_a_data_set_that_does_not_exist(server: LocalHub) -> None:
+    with pytest.raises(UserError, match="does not give the list of files of no/set"):
+        hub.listing("no/set")
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

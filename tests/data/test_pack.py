@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fledge.data.loader import Loader, Mixture
+from fledge.data.loader import Ahead, Loader, Mixture
 from fledge.data.pack import Packer
 
 PAD = 0
@@ -61,15 +61,52 @@ def test_resume_gives_the_same_rows(split):
     assert [resumed.row()[0].tolist() for _ in range(6)] == expected
 
 
-def test_batches_do_not_depend_on_how_rows_are_grouped():
-    class Source:
-        piece = staticmethod(documents([7, 19, 4]))
+class Numbers:
+    piece = staticmethod(documents([7, 19, 4]))
 
-    one = Loader(Source(), row_tokens=16, pad_id=PAD, split=True)
-    two = Loader(Source(), row_tokens=16, pad_id=PAD, split=True)
+
+def test_batches_do_not_depend_on_how_rows_are_grouped():
+    one = Loader(Numbers(), row_tokens=16, pad_id=PAD, split=True)
+    two = Loader(Numbers(), row_tokens=16, pad_id=PAD, split=True)
     together, _ = one.batch(6)
     apart = np.concatenate([two.batch(2)[0] for _ in range(3)])
     assert (together == apart).all()
+
+
+def test_packing_ahead_gives_the_same_batches_and_states():
+    plain = Loader(Numbers(), row_tokens=16, pad_id=PAD, split=True)
+    with Ahead(Loader(Numbers(), row_tokens=16, pad_id=PAD, split=True), 3) as ahead:
+        assert ahead.state() == plain.state()
+        for _ in range(20):
+            ids, mask = ahead.batch(3)
+            expected_ids, expected_mask = plain.batch(3)
+            assert (ids == expected_ids).all() and (mask == expected_mask).all()
+            assert ahead.state() == plain.state()  # however far the thread is
+    resumed = Loader(Numbers(), row_tokens=16, pad_id=PAD, split=True)
+    resumed.restore(ahead.state())
+    with Ahead(resumed, 3) as going_on:
+        assert (going_on.batch(3)[0] == plain.batch(3)[0]).all()
+
+
+def test_an_error_while_packing_ahead_reaches_the_training_thread():
+    class Broken:
+        def piece(self, index: int):
+            if index == 300:
+                raise ValueError("document 300 cannot be read")
+            return Numbers.piece(index)
+
+    with (
+        Ahead(Loader(Broken(), row_tokens=16, pad_id=PAD, split=True), 3) as ahead,
+        pytest.raises(ValueError, match="document 300"),
+    ):
+        for _ in range(1000):
+            ahead.batch(3)
+
+
+def test_leaving_early_ends_the_thread():
+    with Ahead(Loader(Numbers(), row_tokens=16, pad_id=PAD, split=True), 3) as ahead:
+        ahead.batch(3)
+    assert not ahead._thread.is_alive()
 
 
 def test_a_mixture_keeps_its_shares_and_reads_every_source_in_order():

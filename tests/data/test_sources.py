@@ -16,9 +16,15 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fledge.data import text_files
-from fledge.data.sources import describe, open_corpus
+from fledge.data.sources import Corpus, Texts, describe, open_corpus
 from fledge.data.text_files import cut_text, find_files
 from fledge.errors import UserError
+
+
+def in_memory(corpus: Corpus) -> Texts:
+    """The training documents of a corpus that is not in shards."""
+    assert isinstance(corpus.train, Texts)
+    return corpus.train
 
 
 def prose(size: int, seed: int = 0) -> str:
@@ -57,10 +63,10 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
         (folder / str(i) / "x.TXT").write_text(text, encoding="utf-8")
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.jsonl", "folder"):
         corpus = open_corpus(tmp_path / name)
-        assert sorted([*corpus.train, *corpus.val]) == sorted(texts), name
+        assert sorted([*in_memory(corpus), *corpus.val]) == sorted(texts), name
         assert corpus.notes == []
     everything = open_corpus(tmp_path)
-    assert len(everything.train) + len(everything.val) == 8
+    assert len(in_memory(everything)) + len(everything.val) == 8
     assert everything.notes == ["40 documents dropped: exact copies of others"]
 
 
@@ -68,8 +74,8 @@ def test_one_short_file_is_cut_so_that_there_is_validation_text(tmp_path: Path) 
     path = tmp_path / "novel.txt"
     path.write_text(prose(20_000), encoding="utf-8")
     corpus = open_corpus(path)
-    assert len(corpus.val) == 1 and len(corpus.train) >= 2
-    together = sorted(p for text in [*corpus.train, *corpus.val] for p in text.split("\n\n"))
+    assert len(corpus.val) == 1 and len(in_memory(corpus)) >= 2
+    together = sorted(p for text in [*in_memory(corpus), *corpus.val] for p in text.split("\n\n"))
     assert together == sorted(prose(20_000).strip("\n").split("\n\n"))
 
 
@@ -77,9 +83,9 @@ def test_a_long_text_streams_into_documents_of_bounded_size(tmp_path: Path) -> N
     text = prose(400_000)
     (tmp_path / "long.md").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     corpus = open_corpus(tmp_path / "long.md")
-    lengths = [len(t) for t in [*corpus.train, *corpus.val]]
+    lengths = [len(t) for t in [*in_memory(corpus), *corpus.val]]
     assert max(lengths) <= 16 * 1024 and sorted(lengths)[1] >= 4000
-    everything = " ".join([*corpus.train, *corpus.val])
+    everything = " ".join([*in_memory(corpus), *corpus.val])
     assert "\r" not in everything and "\ufeff" not in everything
     assert sorted(everything.split()) == sorted(text.split())
 
@@ -102,7 +108,7 @@ def test_multibyte_characters_survive_chunk_borders(
     write_jsonl(tmp_path / "b.jsonl", [{"text": text.replace("\r", "")}])
     for name in ("a.txt", "b.jsonl"):
         corpus = open_corpus(tmp_path / name)
-        assert "".join(sorted([*corpus.train, *corpus.val])).count("世界") == 900
+        assert "".join(sorted([*in_memory(corpus), *corpus.val])).count("世界") == 900
 
 
 def test_split_and_order_follow_from_content_and_seed(tmp_path: Path) -> None:
@@ -112,12 +118,12 @@ def test_split_and_order_follow_from_content_and_seed(tmp_path: Path) -> None:
     one = open_corpus(tmp_path / "a.jsonl", seed=3, val_fraction=0.1)
     two = open_corpus(tmp_path / "b.jsonl", seed=3, val_fraction=0.1)
     other = open_corpus(tmp_path / "a.jsonl", seed=4, val_fraction=0.1)
-    assert list(one.train) == list(two.train) and list(one.val) == list(two.val)
-    assert 10 <= len(one.val) <= 60 and len(one.val) + len(one.train) == 300
-    assert not set(one.val) & set(one.train)
+    assert list(in_memory(one)) == list(in_memory(two)) and list(one.val) == list(two.val)
+    assert 10 <= len(one.val) <= 60 and len(one.val) + len(in_memory(one)) == 300
+    assert not set(one.val) & set(in_memory(one))
     assert set(one.val) != set(other.val)
-    assert list(one.train[:3]) == [one.train[0], one.train[1], one.train[2]]
-    assert one.train.bytes + one.val.bytes == sum(len(r["text"].encode()) for r in rows)
+    assert list(in_memory(one)[:3]) == [in_memory(one)[0], in_memory(one)[1], in_memory(one)[2]]
+    assert in_memory(one).bytes + one.val.bytes == sum(len(r["text"].encode()) for r in rows)
     assert len(open_corpus(tmp_path / "a.jsonl", val_fraction=0.0).val) == 1
     assert len(open_corpus(tmp_path / "a.jsonl", val_fraction=1.0).train) == 1
 
@@ -126,12 +132,13 @@ def test_max_bytes_stops_the_reading_and_says_so(tmp_path: Path) -> None:
     for i in range(10):
         write_jsonl(tmp_path / f"{i}.jsonl", [{"text": prose(5000, 10 * i + j)} for j in range(4)])
     corpus = open_corpus(tmp_path, max_bytes=50_000)
-    assert 50_000 <= corpus.train.bytes + corpus.val.bytes < 60_000
-    assert len(corpus.files) == 3
+    assert 50_000 <= in_memory(corpus).bytes + corpus.val.bytes < 60_000
+    assert len(corpus.manifest()) == 3
     assert corpus.notes == ["read 50.4 MB from 3 of 10 files, then stopped: data.max_bytes"] or (
         "then stopped" in corpus.notes[0]
     )
-    assert [name for name, _, _ in corpus.manifest()] == sorted(f.relative for f in corpus.files)
+    names = [name for name, _, _ in corpus.manifest()]
+    assert names == sorted(names)
 
 
 def test_manifest_names_bytes_and_hash(tmp_path: Path) -> None:
@@ -151,7 +158,7 @@ def test_what_is_passed_over_is_noted(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_bytes(b"all:")
     (tmp_path / ".hidden.txt").write_bytes(b"\xff")
     corpus = open_corpus(tmp_path)
-    assert sorted(len(t) for t in [*corpus.train, *corpus.val])[0] == 2
+    assert sorted(len(t) for t in [*in_memory(corpus), *corpus.val])[0] == 2
     notes = "; ".join(corpus.notes)
     assert "2 files skipped" in notes and ".png: 1" in notes and "no suffix: 1" in notes
     assert "empty documents left out" in notes and "empty.txt" in notes and "U+FFFD" in notes

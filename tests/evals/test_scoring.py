@@ -13,7 +13,7 @@ from fledge.data.tokenized import TextDocuments
 from fledge.engine import Engine
 from fledge.engine.tools import Tools
 from fledge.evals import bpb
-from fledge.evals.scoring import pick_items, score_task
+from fledge.evals.examine import pick_items, score_task
 from fledge.evals.tasks.worlds import chosen_letter, grade
 from fledge.tokenizer.chat import render_prompt
 from fledge.tokenizer.reply import answer_text, last_number, split_parts

@@ -1,20 +1,23 @@
 """Files from the Hugging Face hub: the only module that training and evaluation reach the net with.
 
 `fetch` puts named files of a repository under FLEDGE_HOME (default ~/.cache/fledge) and returns
-their paths; what is already there is never fetched again, so a run that went through once goes
-through without a network. HF_HUB_OFFLINE is obeyed, HF_ENDPOINT names a mirror. Called by
-`data.task_files` for whatever is not on this machine. It never uploads, never runs code of a
-repository, and never guesses a file name.
+their paths; `listing` says which files a repository has. What is already there is never fetched
+again, so a run that went through once goes through without a network. HF_HUB_OFFLINE is obeyed,
+HF_ENDPOINT names a mirror. Called by `data.task_files` and `data.sources` for whatever is not on
+this machine. It never uploads, never runs code of a repository, and never guesses a file name.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from fledge import files as disk
 from fledge.errors import UserError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -58,6 +61,50 @@ def reachable(*, timeout_seconds: float = 3.0) -> bool:
     except OSError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a data set at one commit: (name, bytes), sorted by name."""
+
+    repository: str
+    commit: str
+    files: list[tuple[str, int]]
+
+
+def listing(repository: str, revision: str = "main") -> Listing:
+    """The files of a data set's repository.
+
+    The first answer is kept under FLEDGE_HOME and stands from then on, so that a run goes on with
+    the files that it began with, and without a network. Raises UserError when there is no answer
+    yet and none can be had.
+    """
+    kept = home() / "hub" / "listings" / f"{repository.replace('/', '--')}@{revision}.json"
+    if kept.is_file():
+        row = json.loads(kept.read_text("utf-8"))
+        return Listing(repository, row["commit"], [(name, size) for name, size in row["files"]])
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    what = f"the list of files of {repository} (revision {revision})"
+    if offline() or not reachable():
+        why = "HF_HUB_OFFLINE forbids the hub" if offline() else UNREACHABLE
+        raise UserError(f"{what} is not on this machine", why, "connect to the network once")
+    try:
+        info = HfApi(endpoint()).dataset_info(
+            repository, revision=revision, files_metadata=True, timeout=30
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"the hub does not give {what}",
+            reason[-1] if reason else type(error).__name__,
+            "check the name, and HF_TOKEN if the repository is private",
+        ) from None
+    found = sorted((file.rfilename, file.size or 0) for file in info.siblings or [])
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_json(kept, {"commit": info.sha, "files": found})
+    return Listing(repository, str(info.sha), found)
 
 
 def fetch(

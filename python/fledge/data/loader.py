@@ -1,13 +1,17 @@
 """Batches of packed rows for the training loop, resumable to the row.
 
 `Loader` turns a `Documents` source (anything with `piece(i)`: ids and loss mask of document i of an
-endless, deterministic order) into batches of inputs, targets and weights. The global order depends
-on documents only, never on batch size or world size. Used by `stages`; consumed by `train.loop`.
+endless, deterministic order) into batches of inputs, targets and weights; `Ahead` makes them while
+the model computes. The global order depends on documents only, never on batch size or world size.
+Used by `stages`; consumed by `train.loop`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import contextlib
+import queue
+import threading
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +23,14 @@ class Documents(Protocol):
 
     def piece(self, index: int) -> Piece:
         """Token ids [n] and loss mask [n] of document `index`."""
+        ...
+
+
+class Batches(Protocol):
+    """What a training loop reads: `Loader`, or `Ahead` of one."""
+
+    def batch(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids [rows, T + 1] int64 and mask [rows, T + 1] uint8 (mask 1 = train on this token)."""
         ...
 
 
@@ -46,6 +58,57 @@ class Loader:
     def restore(self, state: dict) -> None:
         self.packer.restore(state)
         self.padded, self.total = state["padded"], state["total"]
+
+
+class Ahead:
+    """A loader whose next batches are packed in a background thread while the model computes.
+
+    The batches, and `state()` after each, are those of the loader itself: what was packed ahead and
+    not handed out yet is not part of the state. A context manager; the loader is not to be used by
+    others meanwhile. An error of the loader is raised by the `batch` that would have met it.
+    """
+
+    def __init__(self, loader: Loader, rows: int, *, batches: int = 2) -> None:
+        self._loader, self._rows = loader, rows
+        self._state: dict = {}
+        self._ready: queue.Queue[tuple[np.ndarray, np.ndarray, dict] | BaseException]
+        self._ready = queue.Queue(batches)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+
+    def _work(self) -> None:
+        made: Any = None
+        while not self._closing.is_set() and not isinstance(made, BaseException):
+            try:
+                made = (*self._loader.batch(self._rows), self._loader.state())
+            except BaseException as error:  # handed on: the training thread raises it
+                made = error
+            while not self._closing.is_set():
+                with contextlib.suppress(queue.Full):
+                    self._ready.put(made, timeout=0.1)
+                    break
+
+    def batch(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Loader.batch`; `rows` is the number that was given at the start."""
+        assert rows == self._rows, (rows, self._rows)
+        made = self._ready.get()
+        if isinstance(made, BaseException):
+            raise made
+        ids, mask, self._state = made
+        return ids, mask
+
+    def state(self) -> dict:
+        """The loader's state after the last batch that was handed out."""
+        return self._state
+
+    def __enter__(self) -> Ahead:
+        self._state = self._loader.state()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join()
 
 
 class Mixture:

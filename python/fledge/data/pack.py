@@ -15,6 +15,7 @@ import numpy as np
 Piece = tuple[np.ndarray, np.ndarray]  # token ids, loss mask: both [n], int32 and uint8
 
 BUFFER_PIECES = 256  # how many waiting pieces best-fit may choose from
+_NO_LENGTHS = np.zeros(BUFFER_PIECES + 1, dtype=np.int64)  # one more: the rest of a cut document
 
 
 @dataclass
@@ -34,31 +35,41 @@ class Packer:
     cursor: int = 0
     buffer: list[tuple[int, int]] = field(default_factory=list)
     _pieces: dict[int, Piece] = field(default_factory=dict, repr=False)
-
-    def _length(self, entry: tuple[int, int]) -> int:
-        return len(self._piece(entry[0])[0]) - entry[1]
+    # tokens of each piece in `buffer`, in the same order: best-fit looks at all of them at once
+    _lengths: np.ndarray = field(default_factory=lambda: _NO_LENGTHS.copy(), repr=False)
 
     def _piece(self, document: int) -> Piece:
         if document not in self._pieces:
             self._pieces[document] = self.fetch(document)
         return self._pieces[document]
 
+    def _insert(self, place: int, document: int, start: int) -> None:
+        waiting = len(self.buffer)
+        self._lengths[place + 1 : waiting + 1] = self._lengths[place:waiting].copy()
+        self._lengths[place] = len(self._piece(document)[0]) - start
+        self.buffer.insert(place, (document, start))
+
+    def _take(self, place: int) -> tuple[int, int]:
+        waiting = len(self.buffer)
+        self._lengths[place : waiting - 1] = self._lengths[place + 1 : waiting].copy()
+        return self.buffer.pop(place)
+
     def _refill(self) -> None:
         while len(self.buffer) < BUFFER_PIECES:
             ids, _ = self._piece(self.cursor)
             assert self.split or len(ids) <= self.row_tokens, (len(ids), self.row_tokens)
             if len(ids):
-                self.buffer.append((self.cursor, 0))
+                self._insert(len(self.buffer), self.cursor, 0)
+            else:
+                del self._pieces[self.cursor]
             self.cursor += 1
 
     def _best_fit(self, room: int) -> int | None:
         """Index of the longest waiting piece that fits; of equal ones the first."""
-        best, best_length = None, 0
-        for index, entry in enumerate(self.buffer):
-            length = self._length(entry)
-            if best_length < length <= room:
-                best, best_length = index, length
-        return best
+        lengths = self._lengths[: len(self.buffer)]
+        fitting = np.where(lengths <= room, lengths, 0)
+        best = int(fitting.argmax())
+        return best if fitting[best] else None
 
     def row(self) -> Piece:
         """The next row: ids [row_tokens] int64 and mask [row_tokens] uint8."""
@@ -73,15 +84,15 @@ class Packer:
                 if not self.split:
                     break  # only padding is left for this row
                 # cut the longest: its rest will fit another row best
-                index = max(range(len(self.buffer)), key=lambda i: self._length(self.buffer[i]))
-            document, start = self.buffer.pop(index)
+                index = int(self._lengths[: len(self.buffer)].argmax())
+            document, start = self._take(index)
             piece_ids, piece_mask = self._piece(document)
             take = min(room, len(piece_ids) - start)
             ids[used : used + take] = piece_ids[start : start + take]
             mask[used : used + take] = piece_mask[start : start + take]
             used += take
             if start + take < len(piece_ids):
-                self.buffer.insert(0, (document, start + take))
+                self._insert(0, document, start + take)
             else:
                 del self._pieces[document]
         return ids, mask
@@ -92,5 +103,6 @@ class Packer:
 
     def restore(self, state: dict) -> None:
         self.cursor = state["cursor"]
-        self.buffer = [(document, start) for document, start in state["buffer"]]
-        self._pieces = {}
+        self.buffer, self._pieces = [], {}
+        for document, start in state["buffer"]:
+            self._insert(len(self.buffer), document, start)

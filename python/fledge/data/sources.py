@@ -1,21 +1,26 @@
-"""A person's own text as training documents: files and folders in, train and validation out.
+"""The text that base learns from: a person's own files, or a corpus on the Hugging Face hub.
 
-`fledge run laptop --data.source PATH` comes here; `stages` opens the corpus, `fledge data stats`
-describes it. `data.text_files` reads the files; the documents that are kept stay in memory as
-UTF-8. Split and order follow from the content of each document and the seed alone, never from file
-names or times; nothing is skipped without a note. It never touches the network, never writes, and
-never imports torch.
+`open_corpus` takes what `data.source` names; `stages` calls it, `fledge data` the rest.
+Three forms, one interface: text that fits into memory is kept there as UTF-8; a larger folder is
+written once as Parquet shards under FLEDGE_HOME; a corpus of the hub stays there, shard by shard
+until it is reached. Split and order follow from the documents, the row groups and the seed alone,
+never from file names or times; nothing is skipped without a note. It imports no torch, and touches
+the network only through `data.hub`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from fledge import files as disk
+from fledge.data import hub
+from fledge.data.shards import Shard, ShardedTexts, ShardWriter, local_shards
 from fledge.data.text_files import (
     MAX_CUT_CHARS,
     MIN_CUT_CHARS,
@@ -27,10 +32,20 @@ from fledge.data.text_files import (
     text_documents,
     unreachable,
 )
+from fledge.data.tokenized import Epochs
 from fledge.errors import UserError
 
 DEFAULT_MAX_BYTES = 400_000_000  # of text kept in memory when the recipe names no limit
 MIN_CORPUS_BYTES = 10_000
+SHARD_BYTES = 128_000_000  # of text in a shard that we write
+VALIDATION_BYTES = 20_000_000  # of text kept in memory to validate on, of a corpus in shards
+UNPACKED = 4  # a compressed file's text is taken for so many times its size (zstd of English: 3)
+HUB = "hub:"
+# corpora that nanochat pretrains on: shuffled beforehand, the last shard validates
+KNOWN_CORPORA = {
+    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
+    "climbmix": "karpathy/climbmix-400b-shuffle",
+}
 
 
 class Texts(Sequence[str]):
@@ -61,28 +76,70 @@ class Texts(Sequence[str]):
 class Corpus:
     """Documents split into `train` and `val`, and what a person should know about the reading."""
 
-    train: Texts
+    train: Texts | list[Shard]
     val: Texts
     notes: list[str]
-    files: list[SourceFile]  # those that were read
+    manifest: Callable[[], list[list[Any]]]  # what exactly was read, in sorted order
 
-    def manifest(self) -> list[tuple[str, int, str]]:
-        """(relative path, bytes, sha256) of every file that was read, sorted by path."""
-        return sorted((f.relative, f.size, _sha256(f.path)) for f in self.files)
+    def order(self, split: str, seed: int) -> Callable[[int], str]:
+        """Document i of an endless order, shuffled anew every epoch."""
+        texts = self.train if split == "train" else self.val
+        return Epochs(texts, seed) if isinstance(texts, Texts) else ShardedTexts(texts, seed)
+
+    def one_epoch(self, seed: int) -> Iterator[str]:
+        """Every training document once."""
+        if isinstance(self.train, Texts):
+            return iter(self.train)
+        return ShardedTexts(self.train, seed).one_epoch()
 
 
 def open_corpus(
-    path: str | Path, *, seed: int = 0, val_fraction: float = 0.01, max_bytes: int | None = None
+    source: str | Path,
+    *,
+    seed: int = 0,
+    val_fraction: float = 0.01,
+    max_bytes: int | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Corpus:
-    """The documents of a file or folder in a seeded order, split by their content.
+    """The documents of a file, a folder or a corpus of the hub, split into train and validation.
 
-    Keeps at most `max_bytes` of text (default 400 MB): files are read in a seeded order until then.
-    Documents that repeat another one byte for byte are dropped and counted. `val` holds about
-    `val_fraction` of the documents, at least one. Raises UserError for every fault of the input.
+    `max_bytes` limits how much of it is used. `tell` hears of work that takes minutes. Raises
+    UserError for every fault of the input.
     """
-    files, notes = find_files(path)
+    if is_hub_name(str(source)):
+        return _hub_corpus(str(source), max_bytes)
+    files, notes = find_files(source)
+    text_bytes = sum(f.size * (UNPACKED if _packed(f) else 1) for f in files)
+    if max_bytes is None and text_bytes > DEFAULT_MAX_BYTES:
+        return _sharded_corpus(files, notes, text_bytes, seed, val_fraction, tell)
+    return _memory_corpus(
+        str(source), files, notes, seed, val_fraction, max_bytes or DEFAULT_MAX_BYTES
+    )
+
+
+def _packed(file: SourceFile) -> bool:
+    return file.compression is not None or file.format == "parquet"
+
+
+def _manifest(files: Sequence[SourceFile]) -> list[list[Any]]:
+    """[relative path, bytes, sha256] of every file that was read, sorted by path."""
+    return sorted([f.relative, f.size, _sha256(f.path)] for f in files)
+
+
+def _memory_corpus(
+    name: str,
+    files: list[SourceFile],
+    notes: list[str],
+    seed: int,
+    val_fraction: float,
+    limit: int,
+) -> Corpus:
+    """Up to `limit` bytes of text in memory: files are read in a seeded order until then.
+
+    Documents that repeat another one byte for byte are dropped and counted. `val` holds about
+    `val_fraction` of the documents, at least one.
+    """
     key = str(seed).encode()
-    limit = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
     order = sorted(files, key=lambda f: (_hash(key, f.relative.encode()), f.relative))
     reader = _Reader(notes)
     found: dict[int, bytes] = {}
@@ -103,19 +160,14 @@ def open_corpus(
             found[identity] = encoded
             total += len(encoded)
     if total >= limit:
-        why = "data.max_bytes" if max_bytes is not None else "the default of data.max_bytes"
         notes.append(
-            f"read {total / 1e6:.1f} MB from {len(read)} of {len(files)} files, then stopped: {why}"
+            f"read {total / 1e6:.1f} MB from {len(read)} of {len(files)} files, then stopped: "
+            "data.max_bytes"
         )
     if repeated:
         notes.append(f"{repeated} documents dropped: exact copies of others")
     reader.finish()
-    if total < MIN_CORPUS_BYTES:
-        raise UserError(
-            f"{path} holds {total:,} bytes of text",
-            f"a model needs more to learn from; the least that makes sense is {MIN_CORPUS_BYTES:,}",
-            "add files, or leave data.source out to train on a built-in world",
-        )
+    _require_enough(name, total)
     if len(found) == 1:  # one short file: cut it, so that there is something to validate on
         (only,) = found.values()
         text = only.decode("utf-8")
@@ -124,12 +176,150 @@ def open_corpus(
         found = {_hash(key, piece): piece for piece in pieces}
     if len(found) == 1:
         raise UserError(
-            f"{path} holds one document over and over",
+            f"{name} holds one document over and over",
             "training and validation need different text",
             "add other text",
         )
     train, val = _split(found, val_fraction)
-    return Corpus(train=train, val=val, notes=notes, files=sorted(read, key=lambda f: f.relative))
+    return Corpus(train, val, notes, lambda: _manifest(read))
+
+
+def _require_enough(name: str, total: int) -> None:
+    if total < MIN_CORPUS_BYTES:
+        raise UserError(
+            f"{name} holds {total:,} bytes of text",
+            f"a model needs more to learn from; the least that makes sense is {MIN_CORPUS_BYTES:,}",
+            "add files, or leave data.source out to train on a built-in world",
+        )
+
+
+def _sharded_corpus(
+    files: list[SourceFile],
+    notes: list[str],
+    text_bytes: int,
+    seed: int,
+    val_fraction: float,
+    tell: Callable[[str], None],
+) -> Corpus:
+    """All of the text as Parquet shards under FLEDGE_HOME, written the first time it is asked for.
+
+    Each shard is a random sample of the documents, so that reading one after the other mixes them.
+    Memory holds a hash of every document, to drop exact copies.
+    """
+    tell(f"the text is larger than memory should hold ({text_bytes / 1e9:.1f} GB): hashing it")
+    manifest = _manifest(files)
+    asked = disk.canonical_json([manifest, seed, val_fraction])
+    folder = hub.home() / "corpora" / hashlib.sha256(asked.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        disk.require_free_bytes(folder, text_bytes // 2, purpose="the text as shards")
+        with disk.atomic_directory(folder) as target:
+            counts = _write_shards(files, notes, text_bytes, seed, val_fraction, target, tell)
+            disk.write_json(target / "notes.json", counts)
+    kept = disk.read_json(folder / "notes.json", fix=f"remove {folder}")
+    val = Texts([text.encode() for text in parquet_texts(_shard_file(folder / "val.parquet"))])
+    notes = [*kept["notes"], f"{kept['documents']:,} documents in shards under {folder}"]
+    return Corpus(local_shards(folder / "train"), val, notes, lambda: manifest)
+
+
+def _write_shards(
+    files: list[SourceFile],
+    notes: list[str],
+    text_bytes: int,
+    seed: int,
+    val_fraction: float,
+    target: Path,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    key = str(seed).encode()
+    (target / "train").mkdir()
+    reader, seen = _Reader(notes), set[int]()
+    total = validation = repeated = 0
+    val: list[str] = []
+    with ShardWriter(target / "train", max(1, text_bytes // SHARD_BYTES)) as writer:
+        for number, file in enumerate(files):
+            tell(f"writing shards: file {number + 1} of {len(files)}, {total / 1e9:.2f} GB so far")
+            for text in reader.documents(file):
+                encoded = text.encode("utf-8")
+                identity = _hash(key, encoded)
+                if identity in seen:
+                    repeated += 1
+                    continue
+                seen.add(identity)
+                total += len(encoded)
+                # the lowest hashes validate, as in memory; the rest of the hash picks the shard
+                if identity < val_fraction * 2.0**64 and validation < VALIDATION_BYTES:
+                    val.append(text)
+                    validation += len(encoded)
+                else:
+                    writer.add(identity, text)
+    if repeated:
+        notes.append(f"{repeated} documents dropped: exact copies of others")
+    reader.finish()
+    _require_enough("data.source", total)
+    if not val:
+        raise UserError(
+            "no document was left to validate on",
+            f"data.val_fraction = {val_fraction} of {len(seen)} documents is none",
+            "raise data.val_fraction",
+        )
+    with ShardWriter(target, 1) as writer:
+        for text in val:
+            writer.add(0, text)
+    (target / "shard_00000.parquet").rename(target / "val.parquet")
+    return {"notes": notes, "documents": len(seen)}
+
+
+def _shard_file(path: Path) -> SourceFile:
+    return SourceFile(path.name, path, "parquet", None, path.stat().st_size)
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether `data.source` names a corpus of the hub and not a path of this machine."""
+    return source.startswith(HUB) or (source in KNOWN_CORPORA and not Path(source).exists())
+
+
+def _hub_corpus(source: str, max_bytes: int | None) -> Corpus:
+    """The Parquet files of OWNER/NAME[/FOLDER][@REVISION]; the last one by name validates.
+
+    `max_bytes` (of files, as the hub stores them) limits how many of the shards are used.
+    """
+    name = KNOWN_CORPORA.get(source, source.removeprefix(HUB))
+    path, _, revision = name.partition("@")
+    owner, _, rest = path.partition("/")
+    repository, _, folder = rest.partition("/")
+    listing = hub.listing(f"{owner}/{repository}", revision or "main")
+    found = [(n, size) for n, size in listing.files if n.endswith(".parquet")]
+    found = [(n, size) for n, size in found if not folder or n.startswith(folder + "/")]
+    if len(found) < 2:
+        raise UserError(
+            f"{name} has {len(found)} Parquet files on the hub",
+            "at least two are needed: the last one validates, the others train",
+            "name OWNER/NAME of a data set with Parquet files, or download it and give its folder",
+        )
+    sizes = [*itertools.accumulate(size for _, size in found[:-1])]
+    used = len(sizes)
+    if max_bytes is not None:
+        used = max(1, sum(1 for total in sizes if total <= max_bytes))
+
+    def shard(file: str) -> Shard:
+        return Shard(file, lambda: hub.fetch(listing.repository, [file], listing.commit)[0])
+
+    last = shard(found[-1][0])
+    val, total = [], 0
+    for text in parquet_texts(_shard_file(last.path())):
+        val.append(text.encode("utf-8"))
+        total += len(val[-1])
+        if total >= VALIDATION_BYTES:
+            break
+    notes = [
+        f"{listing.repository} at {listing.commit[:12]}: {used:,} of {len(sizes):,} training "
+        f"shards ({sizes[used - 1] / 1e9:.1f} GB), each fetched when it is reached; "
+        f"validation on {total / 1e6:.0f} MB of {last.name}"
+    ]
+    shards = [shard(file) for file, _ in found[:used]]
+    manifest = [[listing.repository, listing.commit, used]]
+    return Corpus(shards, Texts(val), notes, lambda: manifest)
 
 
 def _split(found: dict[int, bytes], val_fraction: float) -> tuple[Texts, Texts]:
@@ -140,6 +330,20 @@ def _split(found: dict[int, bytes], val_fraction: float) -> tuple[Texts, Texts]:
     cut = min(max(cut, 1), len(order) - 1)
     texts = [found[identity] for identity in order]
     return Texts(texts[cut:]), Texts(texts[:cut])
+
+
+def download(source: str, shards: int) -> Iterator[Path]:
+    """Fetches what a run on a corpus of the hub reads first: validation, then `shards` shards."""
+    if not is_hub_name(source):
+        raise UserError(
+            f"{source} is no corpus of the hub",
+            f"known by name are {', '.join(KNOWN_CORPORA)}; others are {HUB}OWNER/NAME",
+            "name one of those",
+        )
+    corpus = _hub_corpus(source, None)  # which fetches the shard that validates
+    assert isinstance(corpus.train, list)
+    for shard in corpus.train[:shards]:
+        yield shard.path()
 
 
 def describe(path: str | Path) -> dict[str, Any]:

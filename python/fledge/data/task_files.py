@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +23,8 @@ from fledge.errors import UserError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+MAX_EXAMPLE_CHARS = 1_000_000  # of one row's text: more is a broken file, not a question
+CORE_REPOSITORY = "FLEDGE_CORE_REPOSITORY"  # names a dataset on the hub that holds CORE's files
 NOT_FOR_CHAT = ("preference_pairs", "fastchat_identity")  # pairs; another model's name in it
 
 
@@ -93,6 +95,68 @@ def _hub_files() -> dict[str, HubFile]:
     return table
 
 
+def _core_file(name: str) -> HubFile | None:
+    """CORE's files have no home of their own on the hub: the user names a dataset that holds them.
+
+    DCLM keeps them in its code repository (mlfoundations/dclm, eval/local_data), nanochat in a zip.
+    """
+    repository = os.environ.get(CORE_REPOSITORY)
+    _, folder, path = name.partition("eval_data/")
+    if not repository or not folder:
+        return None
+    return HubFile(repository, f"eval_data/{path}.jsonl", _same)
+
+
+def require_rows(
+    rows: Sequence[Mapping[str, Any]],
+    fields: Sequence[str],
+    *,
+    where: str,
+    check: Callable[[Mapping[str, Any]], str | None] | None = None,
+) -> None:
+    """UserError unless there are rows, all with the fields, each id once, none absurdly long.
+
+    `check` says what else is wrong with a row. A broken row is never left out quietly: the score
+    would be one of other questions.
+    """
+    if not len(rows):
+        raise UserError(
+            f"{where} holds no rows", "a score of no questions would mean nothing", "fetch it again"
+        )
+    seen: dict[Any, int] = {}
+    for number, row in enumerate(rows, start=1):
+        wrong = _wrong_with(row, fields) or (check(row) if check is not None else None)
+        if wrong is None and isinstance(row.get("id"), str | int):
+            first = seen.setdefault(row["id"], number)
+            if first != number:
+                wrong = f"its id {row['id']!r} is also that of row {first}"
+        if wrong is not None:
+            raise UserError(
+                f"row {number} of {where} cannot be used as a question",
+                wrong,
+                "correct the file, or fetch it again; no row is left out quietly",
+            )
+
+
+def _wrong_with(row: Mapping[str, Any], fields: Sequence[str]) -> str | None:
+    missing = [field for field in fields if field not in row]
+    if missing:
+        held = ", ".join(sorted(map(str, row))) or "nothing"
+        return f"it lacks {' and '.join(map(repr, missing))}; it has {held}"
+    size = sum(_chars(value) for value in row.values())
+    if size > MAX_EXAMPLE_CHARS:
+        return f"its text has {size:,} characters; more than {MAX_EXAMPLE_CHARS:,} is a broken file"
+    return None
+
+
+def _chars(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_chars(v) for v in value.values())
+    return sum(_chars(v) for v in value) if isinstance(value, list) else 0
+
+
 class TaskData:
     """The rows of the real tasks by name, such as "gsm8k/train" or "sft/dolly_partial".
 
@@ -122,6 +186,10 @@ class TaskData:
             self._rows[name] = self._load(name)
         return self._rows[name]
 
+    def has_file(self, name: str) -> bool:
+        """Whether a local file of that name is there."""
+        return self._local(name) is not None
+
     def names(self, folder: str) -> list[str]:
         """The names of the local files in a folder, sorted: names("sft") -> ["sft/...", ...]."""
         place = self.root / folder if self.root else None
@@ -147,7 +215,7 @@ class TaskData:
         if local is not None:
             self._note_origin(name, local.path, local.relative)
             return JsonRows.of(row for _, row in json_lines(local))
-        original = _hub_files().get(name)
+        original = _hub_files().get(name) or _core_file(name)
         if original is None or not self.use_hub:
             self._missing[name] = f"{name}.jsonl.gz is not under {self._where()}"
             return None
@@ -155,6 +223,9 @@ class TaskData:
         if path is None:
             return None
         self._note_origin(name, path, f"hub:{original.repository}/{original.name}")
+        if path.name.endswith(SUFFIXES):
+            (file,), _ = find_files(path)
+            return JsonRows.of(row for _, row in json_lines(file))
         return JsonRows.of(original.convert(row) for row in _parquet_rows(path))
 
     def _local(self, name: str) -> SourceFile | None:
@@ -180,6 +251,10 @@ class TaskData:
 
     def _where(self) -> str:
         return str(self.root) if self.root else "data.root or FLEDGE_DATA (neither is set)"
+
+    def sha256(self, name: str) -> str | None:
+        """The digest of a file that `rows` gave, None of one that it did not."""
+        return self._origins[name][2] if name in self._origins else None
 
     def _note_origin(self, name: str, path: Path, shown: str) -> None:
         with open(path, "rb") as file:

@@ -246,21 +246,7 @@ def parquet_texts(file: SourceFile) -> Iterator[str]:
 
     try:
         with parquet.ParquetFile(file.path) as table:
-            schema = table.schema_arrow
-            name = next((name for name in TEXT_FIELDS if name in schema.names), None)
-            if name is None:
-                raise UserError(
-                    f"{file.path} has no column `text` or `content`",
-                    f"its columns are {', '.join(schema.names) or 'none'}",
-                    "rename the column that holds the text",
-                )
-            kind = schema.field(name).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(
-                    f"{file.path}: the column `{name}` is {kind}, not string",
-                    "a document is one string",
-                    "write the column as strings",
-                )
+            name = text_column(file.path, table.schema_arrow)
             for batch in table.iter_batches(batch_size=256, columns=[name]):
                 for text in batch.column(0).to_pylist():
                     yield text or ""
@@ -268,6 +254,27 @@ def parquet_texts(file: SourceFile) -> Iterator[str]:
         raise UserError(
             f"{file.path} is not a readable Parquet file", str(error), "write or fetch it again"
         ) from None
+
+
+def text_column(path: Path, schema: Any) -> str:
+    """The column of a Parquet schema that holds the documents; UserError if there is none."""
+    import pyarrow
+
+    name = next((name for name in TEXT_FIELDS if name in schema.names), None)
+    if name is None:
+        raise UserError(
+            f"{path} has no column `text` or `content`",
+            f"its columns are {', '.join(schema.names) or 'none'}",
+            "rename the column that holds the text",
+        )
+    kind = schema.field(name).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise UserError(
+            f"{path}: the column `{name}` is {kind}, not string",
+            "a document is one string",
+            "write the column as strings",
+        )
+    return name
 
 
 def text_documents(file: SourceFile) -> Iterator[str]:

@@ -1,14 +1,18 @@
-"""Bits per byte on a fixed set of packed validation rows: the loss that no vocabulary can flatter.
+"""Bits per byte of unseen text: the loss that no vocabulary can flatter, in two modes.
 
 bpb = sum of nats of the scored tokens / (ln 2 x their bytes), summed in float64. Special tokens
-have no bytes and are not scored. Rows are packed, so a document that continues in a further row
-loses its earlier context there; that is part of the number. Called by stages through the trainer's
-eval hook.
+have no bytes and are not scored. `measure` reads packed rows, quickly and often during training: a
+document that continues in a further row loses its earlier context there, which is part of the
+number. `full_documents` scores every byte of every document once, behind <|bos|>, with at least
+half a context before it: comparable with lm-eval's bits_per_byte. Called by stages through the
+trainer's eval hook, and by `fledge eval --bpb`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +20,12 @@ import torch
 from torch import Tensor
 
 from fledge.data.loader import Loader
+from fledge.engine import Engine
+from fledge.evals.scoring import Request, loglikelihood
 from fledge.model import Transformer
 from fledge.tokenizer import Tokenizer
+
+WINDOWS = 512  # of full documents, scored together
 
 
 def token_byte_counts(tokenizer: Tokenizer) -> Tensor:
@@ -55,6 +63,39 @@ class Losses:
     def loss(self) -> float:
         """Mean nats per scored token."""
         return self.nats / self.tokens if self.tokens else math.nan
+
+
+def full_documents(engine: Engine, texts: Iterable[str]) -> Losses:
+    """Losses of whole documents; windows of one context slide by half of it.
+
+    A document's first token stands behind bos; empty documents count nothing.
+    """
+    counts = [len(engine.tokenizer.token_bytes(i)) for i in range(engine.tokenizer.vocab_size)]
+    nats, tokens, size = [], 0, 0
+    for group in _groups(_windows(engine, texts)):
+        for request, found in zip(group, loglikelihood(engine, group), strict=True):
+            nats.append(-found.total)
+            tokens += len(found.logprobs)
+            size += sum(counts[i] for i in request.ids[request.start :])
+    return Losses(math.fsum(nats), tokens, size)
+
+
+def _groups(requests: Iterator[Request]) -> Iterator[list[Request]]:
+    while group := list(itertools.islice(requests, WINDOWS)):
+        yield group
+
+
+def _windows(engine: Engine, texts: Iterable[str]) -> Iterator[Request]:
+    """Every token of every document once, each with what fits before it."""
+    limit = engine.model.config.max_position_embeddings
+    for text in texts:
+        ids = [engine.tokenizer.bos_id, *engine.tokenizer.encode(text)]
+        scored = 1  # up to where the document is done
+        while scored < len(ids):
+            begin = max(0, scored - limit // 2) if scored > 1 else 0
+            window = ids[begin : begin + limit]
+            yield Request(window, scored - begin)
+            scored = begin + len(window)
 
 
 def measure(

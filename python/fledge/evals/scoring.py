@@ -1,152 +1,223 @@
-"""Scoring tasks with the engine: prompts in, graded records and intervals out.
+"""The two primitives of evaluation: how likely given tokens are, and what the model says.
 
-Two primitives, as everywhere in fledge: `generate` (greedy, with tools) and the log-probability of
-given tokens (the letters or the whole replies of a multiple-choice item). A task says which it
-wants through `kind`; the result holds one record per example, so that any score can be looked into.
-Called by `stages.evaluate` and by the stages' eval hooks; never by the trainer directly.
+`loglikelihood` scores continuations in batches of like length in which shared beginnings (few-shot
+text, the question before its choices) are read once; `generate` is the engine's greedy reply. Every
+task, CORE and the lm-eval adapter are thin layers on these. The log-softmax is float32 and only
+positions that are scored meet the output head. `loglikelihood_one_by_one` is the slow readable
+twin. Called by `core_exam`, `examine` and `harness`; it knows no task and grades nothing.
+
+Sums of products depend on the shape of a batch in their last bits, so results agree to 1e-5 under
+any batching; with `deterministic` every row is a forward pass of its own and they agree bitwise.
 """
 
 from __future__ import annotations
 
-import random
-import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from fledge.engine import Engine, SamplingParams
+from fledge.engine.engine import Completion
 from fledge.engine.tools import Tools
-from fledge.evals.tasks.base import Item, Task
-from fledge.stats import wilson_interval
-from fledge.tokenizer.chat import render_prompt
-from fledge.tokenizer.reply import answer_text, split_parts
+from fledge.errors import UserError
+from fledge.evals import tries
+from fledge.model import Transformer
+from fledge.model.attention import CacheView
+
+BATCH_NODES = 4096  # padded tokens of one forward pass
+BATCH_ROWS = 1024
+HEAD_ROWS = 2048  # positions whose logits exist at one time
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """A score with its 95 % interval, and the record of every example."""
+class Request:
+    """Token ids, scored from `start` (at least 1) to the end, each given all before it."""
 
-    name: str
-    value: float
-    low: float
-    high: float
-    n: int
-    chance: float
-    seconds: float
-    records: list[dict[str, Any]]
-    note: str | None = None
-
-    def summary(self) -> dict[str, Any]:
-        """Without the records; the shape of a score in report.json."""
-        score = {key: getattr(self, key) for key in ("value", "low", "high", "n", "chance")}
-        score |= {"unit": "accuracy", **({"note": self.note} if self.note else {})}
-        return score | {"seconds": round(self.seconds, 3)}
+    ids: list[int]
+    start: int
 
 
-def pick_items(items: list[Item], max_examples: int | None) -> list[Item]:
-    """All items, or a fixed random sample of them in their own order."""
-    if max_examples is None or len(items) <= max_examples:
-        return items
-    kept = sorted(random.Random(1337).sample(range(len(items)), max_examples))
-    return [items[i] for i in kept]
+@dataclass(frozen=True)
+class Likelihood:
+    """Of every scored token: its natural-log probability, and whether it is the likeliest one."""
+
+    logprobs: list[float]
+    greedy: list[bool]
+
+    @property
+    def total(self) -> float:
+        return float(np.sum(np.asarray(self.logprobs, np.float64)))
+
+    @property
+    def mean(self) -> float:
+        return self.total / len(self.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        return all(self.greedy)
 
 
-def score_task(
-    engine: Engine, task: Task, tools: Tools, *, max_examples: int | None = None
-) -> TaskResult:
-    """Examines the engine's model on a task. Prompts that do not fit count as wrong, and say so."""
-    began = time.perf_counter()
-    items = pick_items(task.items(), max_examples)
+def loglikelihood(
+    engine: Engine,
+    requests: Sequence[Request],
+    *,
+    batch_size: int | None = None,
+    deterministic: bool = False,
+    share_prefixes: bool = True,
+    advance: Callable[[int], None] | None = None,
+) -> list[Likelihood]:
+    """The likelihoods of the requests, in their order.
+
+    `batch_size` bounds the rows of a forward pass (None: as many as BATCH_NODES tokens hold);
+    `advance` is called with the number of requests done. Raises UserError for a request that is
+    empty, scores nothing or is longer than the context: cutting is the caller's rule.
+    """
+    _check(engine, requests)
+    sequences = [request.ids[:-1] for request in requests]  # the last token is only a target
+    rows = tries.fold(sequences) if share_prefixes else tries.chains(sequences)
+    found: list[Likelihood | None] = [None] * len(requests)
+    size = 1 if deterministic else batch_size or BATCH_ROWS
+    for batch in tries.batches(rows, max_rows=size, max_nodes=BATCH_NODES):
+        for member, likelihood in _score(engine.model, batch, requests):
+            found[member] = likelihood
+        if advance is not None:
+            advance(sum(len(row.members) for row in batch))
+    return [likelihood for likelihood in found if likelihood is not None]
+
+
+def loglikelihood_one_by_one(engine: Engine, requests: Sequence[Request]) -> list[Likelihood]:
+    """The readable twin of `loglikelihood`: one request per forward pass, all logits."""
+    _check(engine, requests)
+    found = []
+    with torch.inference_mode():
+        for request in requests:
+            ids = torch.tensor([request.ids], device=engine.model.cos.device)
+            logprobs = engine.model(ids)[0].float().log_softmax(dim=-1)
+            places = range(request.start - 1, len(request.ids) - 1)
+            found.append(
+                Likelihood(
+                    [float(logprobs[p, request.ids[p + 1]]) for p in places],
+                    [int(logprobs[p].argmax()) == request.ids[p + 1] for p in places],
+                )
+            )
+    return found
+
+
+def generate(
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int,
+    tools: Tools | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[Completion]]:
+    """`samples` replies to every prompt, greedy unless a temperature is given."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, n=samples)
+    return engine.generate(prompts, params, tools)
+
+
+def _check(engine: Engine, requests: Sequence[Request]) -> None:
     limit = engine.model.config.max_position_embeddings
-    room = min(task.max_new_tokens, limit // 2) if task.kind != "choice" else 1
-    asked = enumerate(render_prompt(engine.tokenizer, item["messages"]) for item in items)
-    prompts = {i: prompt for i, prompt in asked if len(prompt) + room <= limit}
-    fitting, ids = [items[i] for i in prompts], list(prompts.values())
-    if task.kind == "choice":
-        found = _choose(engine, ids, fitting)
-    elif task.kind == "reply":
-        found = _likeliest_reply(engine, ids, fitting)
-    else:
-        found = _generate(engine, ids, tools, room)
-    replies = dict(zip(prompts, found, strict=True))
-    records = []
-    for i, item in enumerate(items):
-        reply = replies.get(i, _reply("", [], "too_long"))
-        records.append(
-            {
-                "id": item["id"],
-                "question": _last_user_text(item["messages"]),
-                "answer": item["answer"],
-                **reply,
-                "correct": i in replies and bool(task.grade(item, reply["output"])),
-            }
-        )
-    correct, too_long = sum(r["correct"] for r in records), len(items) - len(prompts)
-    low, high = wilson_interval(correct, len(records))
-    notes = [note] if (note := getattr(task, "note", None)) else []  # how it was examined
-    if too_long:
-        notes.append(f"{too_long} prompts longer than {limit} tokens count as wrong")
-    return TaskResult(
-        name=task.name,
-        value=correct / len(records) if records else 0.0,
-        low=low,
-        high=high,
-        n=len(records),
-        chance=task.chance,
-        seconds=time.perf_counter() - began,
-        records=records,
-        note="; ".join(notes) or None,
-    )
+    for request in requests:
+        if not 1 <= request.start < len(request.ids):
+            raise UserError(
+                "a text has nothing to score",
+                f"scoring begins at token {request.start} of {len(request.ids)}",
+                "give at least one token of context and one to score",
+            )
+        # the last token is never read, so one more than the context fits
+        if len(request.ids) > limit + 1:
+            raise UserError(
+                f"a text to score has {len(request.ids)} tokens",
+                f"the model reads at most {limit}",
+                "shorten it, or score a model with a longer context",
+            )
 
 
-def _reply(text: str, parts: list[dict[str, str]], finish: str) -> dict[str, Any]:
-    return {"output": text, "parts": parts, "finish": finish}
+class _Through:
+    """A cache that keeps nothing: attention reads back what it has just written."""
+
+    def write(
+        self, layer: int, rows: Tensor | None, positions: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        self.last = k, v
+
+    def read(self, layer: int, rows: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+        return self.last
 
 
-def _chosen(text: str) -> dict[str, Any]:
-    return _reply(text, [{"type": "text", "text": text}], "choice")
+class TreeView(CacheView):
+    """Tells attention that a row is a trie: positions [B, N] and which nodes see which [B, N, N].
+
+    Stands where a cache would; DESIGN's engine may offer the same as a method of its own.
+    """
+
+    def __init__(self, positions: Tensor, seen: Tensor) -> None:
+        cache = _Through()
+        super().__init__(cache, None, positions, positions.shape[1], fresh=False)  # type: ignore[arg-type]
+        self._seen = seen[:, None]
+
+    def mask(self) -> Tensor:
+        return self._seen
 
 
-def _generate(
-    engine: Engine, prompts: list[list[int]], tools: Tools, room: int
-) -> list[dict[str, Any]]:
-    replies = []
-    for (completion,) in engine.generate(prompts, SamplingParams(max_tokens=room), tools):
-        parts = split_parts(engine.tokenizer, completion.ids)
-        replies.append(_reply(answer_text(parts), parts, completion.finish_reason))
-    return replies
+@torch.inference_mode()
+def _score(
+    model: Transformer, batch: list[tries.Trie], requests: Sequence[Request]
+) -> Iterator[tuple[int, Likelihood]]:
+    """(member, likelihood) of every sequence in a batch of rows."""
+    device = model.cos.device
+    width = max(len(row) for row in batch)
+    ids = np.zeros((len(batch), width), np.int64)
+    for i, row in enumerate(batch):
+        ids[i, : len(row)] = row.ids
+    view = None
+    if not batch[0].is_chain:
+        positions = np.zeros_like(ids)
+        for i, row in enumerate(batch):
+            positions[i, : len(row)] = row.depth
+        seen = np.stack([row.mask(width) for row in batch])
+        view = TreeView(torch.from_numpy(positions).to(device), torch.from_numpy(seen).to(device))
+    hidden = model.hidden(torch.from_numpy(ids).to(device), view).flatten(0, 1)  # [B * N, D]
+    places: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    members: list[int] = []
+    for i, row in enumerate(batch):
+        for member, path in zip(row.members, row.paths, strict=True):
+            request = requests[member]
+            places.append(i * width + path[request.start - 1 :])
+            targets.append(np.asarray(request.ids[request.start :]))
+            members.append(member)
+    logprobs, greedy = _targets(model, hidden, np.concatenate(places), np.concatenate(targets))
+    at = 0
+    for member, part in zip(members, places, strict=True):
+        end = at + len(part)
+        yield member, Likelihood(logprobs[at:end].tolist(), greedy[at:end].tolist())
+        at = end
 
 
-def _choose(engine: Engine, prompts: list[list[int]], items: list[Item]) -> list[dict[str, Any]]:
-    """The likeliest letter right after <|assistant_start|> (nanochat's chat_eval)."""
-    alphabet = sorted({letter for item in items for letter in item["letters"]})
-    ids = [engine.tokenizer.encode(letter)[0] for letter in alphabet]
-    replies = []
-    for row, item in zip(engine.next_logprobs(prompts, ids), items, strict=True):
-        logprobs = dict(zip(alphabet, row, strict=True))
-        replies.append(_chosen(max(item["letters"], key=logprobs.__getitem__)))
-    return replies
-
-
-def _likeliest_reply(
-    engine: Engine, prompts: list[list[int]], items: list[Item]
-) -> list[dict[str, Any]]:
-    """The option whose reply has the highest mean log-probability per token (CORE's rule)."""
-    tokenizer = engine.tokenizer
-    rows = [
-        prompt + tokenizer.encode(reply) + [tokenizer.eos_id]
-        for prompt, item in zip(prompts, items, strict=True)
-        for reply in item["replies"]
-    ]
-    scores = iter(engine.score(rows))
-    replies = []
-    for prompt, item in zip(prompts, items, strict=True):
-        tails = [next(scores)[len(prompt) :] for _ in item["replies"]]
-        means = [sum(tail) / len(tail) for tail in tails]
-        best = item["replies"][means.index(max(means))]
-        replies.append(_chosen(best) | {"mean_logprobs": [round(mean, 5) for mean in means]})
-    return replies
-
-
-def _last_user_text(messages: list[dict[str, Any]]) -> str:
-    content = messages[-1]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+def _targets(
+    model: Transformer, hidden: Tensor, places: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability of each target after its place, and whether it is the likeliest token."""
+    device = hidden.device
+    unique, which = np.unique(places, return_inverse=True)  # choices share their last place
+    order = np.argsort(which, kind="stable")
+    which, wanted = which[order], targets[order]
+    logprobs = np.empty(len(places), np.float64)
+    greedy = np.empty(len(places), bool)
+    for start in range(0, len(unique), HEAD_ROWS):
+        rows = torch.from_numpy(unique[start : start + HEAD_ROWS]).to(device)
+        logits = model.lm_head(hidden[rows]).float()  # [rows, V]
+        norm, best = logits.logsumexp(dim=-1), logits.argmax(dim=-1)
+        low, high = np.searchsorted(which, [start, start + len(rows)])
+        at = torch.from_numpy(which[low:high] - start).to(device)
+        token = torch.from_numpy(wanted[low:high]).to(device)
+        logprobs[order[low:high]] = (logits[at, token] - norm[at]).double().cpu().numpy()
+        greedy[order[low:high]] = (best[at] == token).cpu().numpy()
+    return logprobs, greedy

@@ -18,10 +18,12 @@ from fledge.plan.scaling import count
 _GPU_MFU = ((4, 0.15), (8, 0.28), (12, 0.40), (18, 0.46), (20, 0.48), (24, 0.50))
 _CPU_SHARE = 0.35
 """Share of the cores' matmul rate that a small eager model reaches (measured.md C: 0.28-0.45)."""
-_DECODE_SHARE = 0.12
-"""Batched decoding reaches about a third of training's share."""
+_DECODE_SHARE = 0.25
+"""The same for batched decoding (a quickstart of 2026-11-25: rl 39 s, evaluate 28 s)."""
+_ROLLOUT_SHARE = 0.25
+"""Length of a rollout with its prompt over rl.max_new_tokens (that run: 155K of 655K tokens)."""
 _TOKENIZER_BYTES_PER_SECOND = 8e6
-_EXAM_TOKENS = 150
+_EXAM_TOKENS = 50
 _EXAM_ITEMS = 2400
 """Items of all exams of a world together, and tokens per item (prompt and answer)."""
 
@@ -88,8 +90,7 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
 
 def _rl(values: dict[str, Any], flops: float, forward: float, rate: float) -> dict[str, float]:
     rollouts = values["rl.steps"] * values["rl.prompts_per_step"] * values["rl.samples_per_prompt"]
-    # answers end about halfway to the limit; prompts are about as long as answers
-    tokens = rollouts * values["rl.max_new_tokens"]
+    tokens = int(rollouts * values["rl.max_new_tokens"] * _ROLLOUT_SHARE)
     decode = tokens * forward / (rate * _DECODE_SHARE / _CPU_SHARE)
     total = tokens * (flops + forward)
     seconds = (2 + tokens * flops / rate + decode) if rollouts else 0.0

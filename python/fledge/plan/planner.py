@@ -96,6 +96,7 @@ def resolve(recipe: Recipe, hardware: Hardware) -> Plan:
 
 _ABSENT = {
     "data.source": "absent means the world, no text of your own",
+    "base.law": "absent means the default ratio of tokens to parameters",
     "data.root": "absent means FLEDGE_DATA",
     "data.max_bytes": "absent means all of it",
     "model.extras": "absent means the standard of the arch",
@@ -220,12 +221,29 @@ def _check_extras(section: ModelSection) -> None:
         )
 
 
+def _tokens_per_param(path: str | None, model: ModelConfig) -> tuple[float, str]:
+    """Tokens per parameter of blocks and head: the default's, or those of a scaling law."""
+    if path is None:
+        ratio = DEFAULTS.tokens_per_param
+        return ratio, f"{ratio:g} tokens per parameter of blocks + head, as nanochat 2026"
+    from fledge.plan import law  # not at the top: numpy takes a while
+
+    fitted = law.load(path)
+    size = scaling.count(model).scaling_parameters
+    best = fitted.law.best_tokens_per_param(size)
+    if best is None:
+        raise UserError(
+            f"{path} does not tell how many tokens are best",
+            "in its runs the loss fell with size or with tokens, not with both",
+            "give --base.tokens_per_param, or sweep over more values",
+        )
+    low, high = fitted.parameters
+    beyond = "" if low <= size <= high else f", beyond its runs of {low:,.0f} to {high:,.0f}"
+    return round(best, 2), f"the best for {size:,} parameters by {path}{beyond}"
+
+
 def _plan_base(draft: _Draft, model: ModelConfig) -> None:
-    ratio = draft.put(
-        "base.tokens_per_param",
-        DEFAULTS.tokens_per_param,
-        f"{DEFAULTS.tokens_per_param:g} tokens per parameter of blocks + head, as nanochat 2026",
-    )
+    ratio = draft.put("base.tokens_per_param", *_tokens_per_param(draft.recipe.base.law, model))
     seq_len = model.max_position_embeddings
     wanted = draft.recipe.base.tokens or int(ratio * scaling.count(model).scaling_parameters)
     batch = draft.put_batch("base", *batch_tokens(wanted, seq_len))

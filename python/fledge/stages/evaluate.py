@@ -1,34 +1,79 @@
 """The exams: every task on the last checkpoint of every stage, with intervals and records.
 
 `run` is the run's last stage; `evaluate_model` examines one checkpoint for `fledge eval`. A task
-whose result file exists is not repeated, so an interrupted evaluation goes on where it stopped.
+that was taken on the same model and questions is read back, and one that was interrupted goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fledge import files
+from fledge.data.overlap import read_texts
 from fledge.engine import Engine
-from fledge.engine.tools import Tools
 from fledge.errors import UserError
-from fledge.evals.scoring import TaskResult, pick_items, score_task
+from fledge.evals import bpb, hf, suite
+from fledge.evals.examine import TaskResult, pick_items
+from fledge.evals.records import Store, model_hash
+from fledge.evals.suite import Options
 from fledge.evals.tasks.base import Task
+from fledge.evals.tasks.core import CORE
 from fledge.evals.tasks.registry import find_tasks
+from fledge.evals.tasks.worlds import EXAMS
 from fledge.report import gather
 from fledge.run import Run, find_checkpoint
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.material import open_material
 from fledge.train.checkpoint import verify
 
+Note = Callable[[str], None]
+
+
+class Candidate:
+    """One checkpoint and the store of its results; opened when the first exam needs it."""
+
+    def __init__(self, folder: Path, store: Store | None, *, device: str | None = None) -> None:
+        self.folder = folder
+        self.store = store
+        self.device = device
+
+    @functools.cached_property
+    def engine(self) -> Any:
+        """The engine of the checkpoint."""
+        if (self.folder / "train_state").is_dir():
+            verify(self.folder)
+        engine = hf.open_hf(self.folder) if self.is_foreign else Engine.from_folder(self.folder)
+        engine.model.eval()
+        if self.device is not None:
+            engine.model.to(self.device)
+        return engine
+
+    @functools.cached_property
+    def is_foreign(self) -> bool:
+        """Whether it is another maker's model, which has CORE only."""
+        return hf.is_foreign(self.folder)
+
+    def take(
+        self, task: Task, options: Options, *, after_chunk: Callable[[int], None] | None = None
+    ) -> TaskResult:
+        """One exam, or its result from the store."""
+        if self.store is not None:
+            kept = suite.kept(task, options, self.store)
+            if kept is not None:
+                return kept
+        return suite.take(self.engine, task, options, store=self.store, after_chunk=after_chunk)
+
 
 def run(ctx: StageContext, *, resume: bool) -> None:
     """Examines the stages that the recipe names; a finished task is skipped on resume."""
     section = ctx.recipe.evaluate
+    options = Options(max_examples=section.max_examples)
     tasks = ctx.material.tasks(section.tasks)
     found = {stage: ctx.run.latest_checkpoint(stage) for stage in section.stages}
     folders = {stage: folder for stage, folder in found.items() if folder is not None}
@@ -36,51 +81,33 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     total, log = sum(sizes.values()) * len(folders), ctx.run.log_file("evaluate")
     ctx.progress.stage("evaluate", total, "questions", log=log)
     done = 0
+
+    def after_chunk(answered: int) -> None:
+        ctx.progress.update(done + answered)
+        ctx.stop.raise_if_requested("evaluate")
+
     for stage, folder in folders.items():
-        engine: Engine | None = None
+        store = Store(ctx.run.evaluate_dir(stage), model_hash(folder))
+        candidate = Candidate(folder, store, device=ctx.device)
+        results = []
         for task in tasks:
-            if not ctx.run.task_file(stage, task.name).is_file():
-                if engine is None:
-                    verify(folder)
-                    engine = _open_engine(folder)
-                    engine.model.to(ctx.device)
-                with Tools() as tools:
-                    result = score_task(engine, task, tools, max_examples=section.max_examples)
-                write_result(ctx.run, stage, result)
-                ctx.progress.note(f"{stage}: {describe(result)}")
+            results.append(candidate.take(task, options, after_chunk=after_chunk))
+            ctx.progress.note(f"{stage}: {describe(results[-1])}")
             done += sizes[task.name]
             ctx.progress.update(done)
             ctx.stop.raise_if_requested("evaluate")
-        write_chatcore(ctx.run, stage, [task.name for task in tasks])
+        write_composites(ctx.run.evaluate_dir(stage), results, options)
 
 
-def _open_engine(folder: Path) -> Engine:
-    engine = Engine.from_folder(folder)
-    engine.model.eval()
-    return engine
-
-
-def write_result(run: Run, stage: str, result: TaskResult) -> None:
-    """One JSON and one file of records; the JSON comes last and marks the task as done."""
-    records = "".join(
-        json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in result.records
-    )
-    files.write_text(run.task_samples_file(stage, result.name), records)
-    files.write_json(run.task_file(stage, result.name), {"task": result.name, **result.summary()})
-
-
-def write_chatcore(run: Run, stage: str, names: list[str]) -> None:
-    """ChatCORE: the mean over the tasks of (accuracy - chance) / (1 - chance), list included."""
-    centred = {}
-    for name in names:
-        table = json.loads(run.task_file(stage, name).read_text(encoding="utf-8"))
-        centred[name] = (table["value"] - table["chance"]) / (1 - table["chance"])
-    if centred:
-        value = sum(centred.values()) / len(centred)
-        files.write_json(
-            run.task_file(stage, "chatcore"),
-            {"task": "chatcore", "value": value, "tasks": centred, "unit": "centred accuracy"},
-        )
+def write_composites(folder: Path, results: Sequence[TaskResult], options: Options) -> None:
+    """chatcore.json and core.json, where their tasks were taken."""
+    scores = {result.name: result.summary() for result in results}
+    table = suite.chatcore(scores)
+    if table is not None:
+        files.write_json(folder / "chatcore.json", table)
+    core = suite.core_table(results, profile=options.profile)
+    if core is not None:
+        files.write_json(folder / f"{CORE}.json", core)
 
 
 def describe(result: TaskResult) -> str:
@@ -91,43 +118,92 @@ def describe(result: TaskResult) -> str:
     )
 
 
+# -- one checkpoint, for `fledge eval` -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """One model's results; `table` has the shape of report.json."""
+
+    results: list[TaskResult]
+    table: dict[str, Any]
+    folder: Path | None  # where its results are kept
+
+
 def evaluate_model(
     path: str | Path,
     tasks: tuple[str, ...] | None,
-    max_examples: int | None,
+    options: Options,
     data_root: str | None,
-) -> dict[str, Any]:
-    """Examines a run's last stage or one checkpoint folder; the shape of report.json.
+    *,
+    out: Path | None = None,
+    keep: bool = True,
+    note: Note | None = None,
+) -> Examined:
+    """Examines a run's last stage or one checkpoint folder.
 
     The material of the run that the checkpoint lies in gives the tasks; one that lies in no run is
-    examined on the real tasks found under `data_root` or FLEDGE_DATA.
+    examined on the real tasks found under `data_root` or FLEDGE_DATA. Results are kept in `out`, by
+    default beside the checkpoint (in a run: STAGE/evals/step_N), unless `keep` is False.
     """
-    folder, run, stage = find_checkpoint(Path(path))
-    found, notes = _tasks_for(run, tasks, data_root)
+    folder, in_run, stage = find_checkpoint(Path(path))
+    found, notes = _tasks_for(in_run, tasks, data_root)
+    if hf.is_foreign(folder):
+        notes += [
+            f"{t.name} is left out: {path} has no chat format" for t in found if t.kind != CORE
+        ]
+        found = [task for task in found if task.kind == CORE]
     if not found:
         raise UserError(
             f"there is nothing to examine {path} on",
             "; ".join(notes) or "its data offers no task",
             "put task files under FLEDGE_DATA, or name their folder with --data-root",
         )
-    engine = _open_engine(folder)
-    scores = {}
-    began = time.monotonic()
+    place = (out or _place(folder, in_run, stage)) if keep else None
+    store = Store(place, model_hash(folder)) if place is not None else None
+    candidate = Candidate(folder, store)
+    began, results = time.monotonic(), []
     for task in found:
-        with Tools() as tools:
-            result = score_task(engine, task, tools, max_examples=max_examples)
-        scores[result.name] = result.summary()
+        results.append(candidate.take(task, options))
+        if note is not None:
+            note(describe(results[-1]))
+    if place is not None:
+        write_composites(place, results, options)
     table = {
         "seconds": round(time.monotonic() - began, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "scores": scores,
+        "scores": scores_of(results, options),
     }
-    model = {
-        "depth": engine.model.config.num_hidden_layers,
-        "parameters": sum(p.numel() for p in engine.model.parameters()),
+    described = describe_model(candidate, in_run)
+    whole = {"model": described, "stages": {stage or "model": table}, "notes": notes}
+    return Examined(results, whole, place)
+
+
+def describe_model(candidate: Candidate, run: Run | None) -> dict[str, Any]:
+    """The "model" of report.json."""
+    model = candidate.engine.model
+    return {
+        "depth": model.config.num_hidden_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": gather(run)["model"]["training_tokens"] if run is not None else None,
     }
-    return {"model": model, "stages": {stage or "model": table}}
+
+
+def scores_of(results: Sequence[TaskResult], options: Options) -> dict[str, Any]:
+    """The composites first (CORE in both versions), then every task."""
+    each = {result.name: result.summary() for result in results}
+    core = suite.core_table(results, profile=options.profile)
+    chat = suite.chatcore(each)
+    composites: dict[str, Any] = dict(core["scores"]) if core is not None else {}
+    if chat is not None and len(chat["tasks"]) > 1:
+        composites["chatcore"] = {k: v for k, v in chat.items() if k != "task"}
+    return composites | each
+
+
+def _place(folder: Path, run: Run | None, stage: str | None) -> Path:
+    if run is not None and stage is not None:
+        return run.step_evals_dir(stage, folder.name)
+    return folder / "evals"
 
 
 def _tasks_for(
@@ -138,6 +214,69 @@ def _tasks_for(
         return find_tasks(data_root, names)
     recipe = run.recipe
     data = dataclasses.replace(recipe.data, root=data_root or recipe.data.root)
+    of_world = None if names is None else tuple(n for n in names if n in EXAMS)
+    if recipe.data.source is None and names is not None and len(of_world or ()) < len(names):
+        # a world's model may be asked real questions too
+        others = tuple(name for name in names if name not in EXAMS)
+        if any(_looks_like_exam(name) for name in others):
+            of_world, others = names, ()  # a misspelt exam: let the world say so
+        real, notes = find_tasks(data.root, others) if others else ([], [])
+        if not of_world:
+            return real, notes
+        own, more = _tasks_of_material(recipe, data, of_world)
+        return own + real, notes + more
+    return _tasks_of_material(recipe, data, names)
+
+
+def _looks_like_exam(name: str) -> bool:
+    import difflib
+
+    return bool(difflib.get_close_matches(name, EXAMS, n=1, cutoff=0.7))
+
+
+def _tasks_of_material(
+    recipe: Any, data: Any, names: tuple[str, ...] | None
+) -> tuple[list[Task], list[str]]:
     asked = dataclasses.replace(recipe.evaluate, tasks=names)
     material = open_material(dataclasses.replace(recipe, data=data, evaluate=asked))
     return material.tasks(names), material.notes
+
+
+def bits_per_byte(path: str | Path, text: Path) -> dict[str, Any]:
+    """Bits per byte of a file or folder of text, whole documents; the shape of report.json."""
+    folder, in_run, stage = find_checkpoint(Path(path))
+    if hf.is_foreign(folder):
+        raise UserError(
+            f"{path} was not written by fledge",
+            "the bytes of its tokens are not known here",
+            "measure it with lm-eval",
+        )
+    candidate = Candidate(folder, None)
+    began = time.monotonic()
+    losses = bpb.full_documents(candidate.engine, read_texts(text))
+    if not losses.bytes:
+        raise UserError(f"{text} holds no text", "every document is empty", "name another file")
+    limit = candidate.engine.model.config.max_position_embeddings
+    score = {
+        "value": losses.bpb,
+        "low": None,
+        "high": None,
+        "n": losses.bytes,
+        "chance": None,
+        "unit": "bits per byte",
+        "tokens": losses.tokens,
+        "note": f"{losses.bytes:,} bytes of whole documents behind <|bos|>; windows of {limit} "
+        f"tokens slide by {limit - limit // 2}",
+    }
+    table = {
+        "seconds": round(time.monotonic() - began, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "scores": {"bpb_full": score},
+    }
+    described = describe_model(candidate, in_run)
+    return {"model": described, "stages": {stage or "model": table}, "notes": []}
+
+
+def chances(results: Sequence[TaskResult]) -> Mapping[str, float]:
+    """Chance by task name."""
+    return {result.name: result.chance for result in results}

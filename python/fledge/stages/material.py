@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -244,6 +245,7 @@ class TextMaterial:
             seed=data.seed,
             val_fraction=data.val_fraction,
             max_bytes=data.max_bytes,
+            tell=lambda text: print(text, file=sys.stderr, flush=True),
         )
         self.files = TaskData(data.root)
         self.world = load_world("almanac", data.seed)
@@ -276,21 +278,20 @@ class TextMaterial:
     def manifest(self) -> dict[str, Any]:
         if self._manifest is None:  # hashing the files takes a while; every stage asks
             self._manifest = {
-                "text": [list(row) for row in self.corpus.manifest()],
+                "text": self.corpus.manifest(),
                 "tasks": [list(row) for row in self.files.manifest()],
                 "world": self.world.manifest(),
             } | manifest_of(self._extra)
         return self._manifest
 
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
-        return _take_bytes(iter(self.corpus.train), max_bytes)
+        return _take_bytes(self.corpus.one_epoch(self.recipe.data.seed), max_bytes)
 
     def texts(self, split: Split, tokenizer: Tokenizer) -> Documents:
         return TextDocuments(self._order(split), tokenizer)
 
-    def _order(self, split: Split) -> Epochs:
-        texts = self.corpus.train if split == "train" else self.corpus.val
-        return Epochs(texts, self.recipe.data.seed)
+    def _order(self, split: Split) -> Callable[[int], str]:
+        return self.corpus.order(split, self.recipe.data.seed)
 
     def chats(
         self, stage: ChatStage, split: Split, tokenizer: Tokenizer, *, max_tokens: int
@@ -319,7 +320,10 @@ class TextMaterial:
         return same_number(answer_of(text), item["answer"])
 
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
-        return [task for task in self._tasks if names is None or task.name in names]
+        def is_asked(name: str) -> bool:  # "core" asks for core/copa and the 21 others
+            return names is None or name in names or name.partition("/")[0] in names
+
+        return [task for task in self._tasks if is_asked(task.name)]
 
     def sample_prompts(self) -> list[str]:
         texts = [self.corpus.val[i] for i in range(min(5, len(self.corpus.val)))]

@@ -97,13 +97,16 @@ def run_stage(ctx: StageContext, stage: str) -> None:
     run.begin_stage(stage, parts)
     began = time.monotonic()
 
-    def end(status: Literal["done", "interrupted", "failed"]) -> None:
+    def end(
+        status: Literal["done", "interrupted", "failed"], error: BaseException | None = None
+    ) -> None:
         run.end_stage(
             stage,
             status,
             seconds=time.monotonic() - began,
             peak_memory_bytes=peak_memory_bytes(),
             notes=ctx.notes,
+            error=None if error is None else f"{type(error).__name__}: {error}"[:1000],
         )
 
     try:
@@ -112,9 +115,9 @@ def run_stage(ctx: StageContext, stage: str) -> None:
     except (Interrupted, KeyboardInterrupt):
         end("interrupted")
         raise
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(UserError):  # on a full disk the first error says more
-            end("failed")
+            end("failed", error)
         raise
     end("done")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fledge import files
 from fledge.config import TRAINED_STAGES
-from fledge.data.loader import Documents, Loader
+from fledge.data.loader import Ahead, Documents, Loader
 from fledge.errors import UserError
 from fledge.evals import bpb
 from fledge.model import Transformer
@@ -216,18 +216,21 @@ def run_training(
         losses = bpb.measure(model, validation_set, byte_counts, device_batch_size=device_rows)
         return {"bpb": losses.bpb, "validation_loss": losses.loss}
 
+    ahead = Ahead(loader, rows)
     with TrainedStage(
         ctx,
         stage,
         steps=max(1, section.tokens // section.global_batch_tokens),
         resume=resume,
         evaluate=evaluate,
-        loader_state=lambda: {"loader": loader.state()},
+        loader_state=lambda: {"loader": ahead.state()},
     ) as training:
         if "loader" in training.state:
             loader.restore(training.state["loader"])
-        train(training.job, loader, rows_per_step=rows, device_batch_size=device_rows)
-    share = loader.padded / max(1, loader.total)
+        with ahead:
+            train(training.job, ahead, rows_per_step=rows, device_batch_size=device_rows)
+    read = ahead.state()
+    share = read["padded"] / max(1, read["total"])
     ctx.progress.note(f"{stage}: {share:.1%} of the row positions were padding")
     return training.job.model
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fledge.data.loader import Loader
+from fledge.data.loader import Batches
 from fledge.dist import World
 from fledge.errors import Interrupted, UserError
 from fledge.model import Transformer
@@ -97,7 +97,7 @@ class Job:
 
 
 def train(
-    job: Job, loader: Loader, *, rows_per_step: int, device_batch_size: int | None = None
+    job: Job, loader: Batches, *, rows_per_step: int, device_batch_size: int | None = None
 ) -> None:
     """Trains on the rows of a loader; device_batch_size None = the largest that fits.
 

@@ -1,8 +1,8 @@
 """What a task is: items with prompts and answers, and a rule that grades a reply.
 
-`evals.scoring` examines a model on anything of this shape: a "choice" task by the log-probabilities
+`evals.examine` examines a model on anything of this shape: a "choice" task by the log-probabilities
 of letters right after <|assistant_start|>, a "reply" task by those of its items' `replies`, a
-"generate" task by a greedy reply with tools. The real
+"generate" task by a greedy reply with tools; "core" tasks are `evals.core_exam`'s. The real
 tasks (gsm8k, mmlu, arc, humaneval, chat) and the worlds' exams all are such objects. This module
 holds the shape only; it reads no file and scores nothing.
 """
@@ -21,7 +21,7 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     @property
-    def kind(self) -> Literal["generate", "choice", "reply"]: ...
+    def kind(self) -> Literal["generate", "choice", "reply", "core"]: ...
 
     @property
     def chance(self) -> float:

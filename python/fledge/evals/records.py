@@ -1,0 +1,156 @@
+"""What an exam leaves behind, example by example, and how an interrupted one goes on.
+
+`examine_in_chunks` works through a task in chunks of like length and appends each chunk's records
+to a partial file as soon as they exist; a chunk that is there already is not computed again. The
+chunks depend on the task alone, so an interrupted exam and one over several ranks end with the
+very same records. `Store` keeps a task's result and records in one folder under a key (model hash,
+task hash): what was computed once is read back. Called by `examine`, `core_exam` and `suite`. It
+scores nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fledge import files
+
+FORMAT = 1  # of records and scores: raise it when a change of code changes scores
+CHUNK = 256  # examples between two savings
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which chunks are this process's: number `rank` of every `world_size`."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size, self
+
+
+def digest(value: Any) -> str:
+    """A short hash of anything JSON can write."""
+    return hashlib.sha256(files.canonical_json(value).encode()).hexdigest()[:16]
+
+
+def model_hash(folder: Path) -> str:
+    """A hash of the weights, the shape and the tokenizer of a checkpoint folder."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
+            with open(path, "rb") as file:
+                whole.update(path.name.encode())
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:16]
+
+
+class Store:
+    """Results of one model in one folder: TASK.json, TASK.samples.jsonl, TASK.partial.jsonl."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self.folder = folder
+        self.model = model
+
+    def key(self, task: Any) -> str:
+        """The key of a task's result: the model, the task (anything JSON can write), the format."""
+        return digest([FORMAT, self.model, task])
+
+    def result_file(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def samples_file(self, name: str) -> Path:
+        return self.folder / f"{name}.samples.jsonl"
+
+    def partial_file(self, name: str) -> Path:
+        return self.folder / f"{name}.partial.jsonl"
+
+    def read(self, name: str, key: str) -> tuple[dict[str, Any], list[Record]] | None:
+        """(result, records) of a finished exam under this key, or None."""
+        try:
+            result = json.loads(self.result_file(name).read_text(encoding="utf-8"))
+            records = read_records(self.samples_file(name))
+        except (OSError, ValueError):
+            return None
+        whole = isinstance(result, dict) and result.get("key") == key
+        return (result, records) if whole and len(records) == result.get("n") else None
+
+    def write(self, name: str, key: str, result: Mapping[str, Any], records: list[Record]) -> None:
+        """Keep a finished exam; the result comes last and says that the records are whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.samples_file(name), jsonl(records))
+        files.write_json(self.result_file(name), {"task": name, **result, "key": key})
+        self.partial_file(name).unlink(missing_ok=True)
+
+
+def jsonl(records: Sequence[Record]) -> str:
+    """Records as lines of JSON."""
+    return "".join(
+        json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in records
+    )
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file; a last line that a crash cut short is left out."""
+    found = []
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def examine_in_chunks(
+    sizes: Sequence[int],
+    score: Callable[[list[int]], list[Record]],
+    *,
+    partial: Path | None = None,
+    key: str = "",
+    share: Share | None = None,
+    after_chunk: Callable[[int], None] | None = None,
+) -> dict[int, Record]:
+    """Record by index of every example of this share, longest first; `score` gets indices.
+
+    `sizes` are the lengths of the examples. With `partial` the records are appended there and those
+    found there under the same key are taken over. `after_chunk` gets the number of examples done
+    so far and may raise to stop: everything until then is kept.
+    """
+    share = share or Share()
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    chunks = [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
+    found = _taken_over(partial, key)
+    if partial is not None and not found:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(partial, json.dumps({"key": key}) + "\n")
+    done = 0
+    result: dict[int, Record] = {}
+    for chunk in chunks[share.rank :: share.world_size]:
+        if not all(i in found for i in chunk):
+            records = dict(zip(chunk, score(chunk), strict=True))
+            found |= records
+            if partial is not None:
+                lines = [{"index": i, "record": record} for i, record in records.items()]
+                with files.refusals(partial), open(partial, "a", encoding="utf-8") as file:
+                    file.write(jsonl(lines))
+        result |= {i: found[i] for i in chunk}
+        done += len(chunk)
+        if after_chunk is not None:
+            after_chunk(done)
+    return result
+
+
+def _taken_over(partial: Path | None, key: str) -> dict[int, Record]:
+    if partial is None or not partial.is_file():
+        return {}
+    lines = read_records(partial)
+    if not lines or lines[0].get("key") != key:
+        return {}
+    return {line["index"]: line["record"] for line in lines[1:] if "record" in line}

@@ -1,0 +1,186 @@
+"""Further sections of the report: plan against actual, what went wrong, CORE, overlap, hashes.
+
+Each function gives the blocks of one section, or none where a run has nothing to tell of it. Called
+by `fledge.report_blocks`. Every figure is read from a file of the run; nothing is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fledge import files
+from fledge.config import STAGES, TRAINED_STAGES
+from fledge.progress import format_seconds
+from fledge.report_pages import Block, Heading, Listing, Paragraph, Table
+from fledge.run import Run
+from fledge.stats import format_interval
+
+DAMAGED = "delete it and run the same command again"
+LOG_LINES = 12  # of the log of a stage that failed
+
+
+def plan_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
+    """Planned and actual time of every stage, and the price where the machine has one."""
+    planned = run.resolved["estimates"]["stages"]
+    price = run.resolved["hardware"].get("dollars_per_hour")
+    rows = []
+    for stage in STAGES:
+        actual = facts["stages"].get(stage, {}).get("seconds")
+        guess = planned.get(stage, {}).get("seconds")
+        if actual is None and guess is None:
+            continue
+        row = [
+            stage,
+            format_seconds(guess) if guess is not None else "-",
+            format_seconds(actual) if actual is not None else "not begun",
+            f"{actual / guess:.2f}" if actual is not None and guess else "-",
+        ]
+        if price:
+            row.append(f"{actual / 3600 * price:.2f}" if actual is not None else "-")
+        rows.append(row)
+    header = ["stage", "planned", "actual", "actual / planned"]
+    blocks: list[Block] = [
+        Heading("Planned and actual"),
+        Table([*header, *(["dollars"] if price else [])], rows),
+    ]
+    told = run.resolved["estimates"].get("basis")
+    if told:
+        blocks.append(Paragraph(f"The plan: {told}."))
+    if not price:
+        blocks.append(Paragraph("This machine has no price per hour, so no cost is given."))
+    return blocks
+
+
+def wrong_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
+    """Stages that failed, were interrupted or needed more than one attempt."""
+    blocks: list[Block] = []
+    for stage, table in facts["stages"].items():
+        record = run.read_stage(stage) or {}
+        if table["status"] == "done" and table["attempts"] <= 1:
+            continue
+        if table["status"] == "done":
+            blocks.append(Paragraph(f"{stage} was taken up again: {table['attempts']} attempts."))
+            continue
+        said = f"{stage} is {table['status']} after {format_seconds(table['seconds'])}"
+        blocks.append(Paragraph(said + (f": {record['error']}" if record.get("error") else ".")))
+        log = run.log_file(stage)
+        if log.is_file():
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if lines:
+                blocks.append(Listing("\n".join(lines[-LOG_LINES:])))
+    if not blocks:
+        return [Heading("What went wrong"), Paragraph("Nothing: every stage went through at once.")]
+    return [Heading("What went wrong"), *blocks]
+
+
+def overlap_blocks(run: Run) -> list[Block]:
+    """Exam questions that stand in the training text, where that was looked for."""
+    title = Heading("Exam questions in the training text")
+    if not run.overlap_file.is_file():
+        if run.values["data.source"] is None:
+            return []
+        return [title, Paragraph("Not looked for: run `fledge data overlap` on this run.")]
+    table = files.read_json(run.overlap_file, fix=DAMAGED)
+    rows = [
+        [
+            name,
+            f"{row['items']:,}",
+            f"{row['overlapped']:,}",
+            f"{100 * row['share']:.2f} %",
+            f"{row['too_short']:,}",
+            row["examples"][0]["words"] if row["examples"] else "-",
+        ]
+        for name, row in table["tasks"].items()
+    ]
+    return [
+        title,
+        Paragraph(
+            f"Looked for in {table['documents']:,} documents ({table['bytes'] / 1e6:,.1f} MB): a "
+            f"question counts when {table['words']} words in a row occur in one of them."
+        ),
+        Table(["task", "questions", "found", "share", "too short", "for example"], rows),
+    ]
+
+
+def core_tasks_table(stages: Mapping[str, Any]) -> Table | None:
+    """CORE task by task, of every stage that took any: accuracy, standard error, both centrings."""
+    rows = []
+    with_stage = sum(
+        any(n.startswith("core/") for n in t.get("scores", {})) for t in stages.values()
+    )
+    for stage, table in stages.items():
+        for name, score in table.get("scores", {}).items():
+            if not name.startswith("core/"):
+                continue
+            error = score.get("stderr")
+            rows.append(
+                [
+                    *([stage] if with_stage > 1 else []),
+                    name.removeprefix("core/"),
+                    format_interval(score["value"], score["low"], score["high"]),
+                    f"{100 * error:.1f}" if error is not None else "-",
+                    f"{score['centred_v1']:+.3f}",
+                    f"{score['centred_v2']:+.3f}",
+                    str(score["shots"]),
+                    f"{score['truncated']:,} of {score['n']:,}",
+                ]
+            )
+    if not rows:
+        return None
+    header = ["task", "accuracy", "stderr (%)", "centred v1", "centred v2", "shots", "cut"]
+    return Table([*(["stage"] if with_stage > 1 else []), *header], rows)
+
+
+def core_blocks(facts: Mapping[str, Any]) -> list[Block]:
+    """CORE by task with what its numbers mean."""
+    table = core_tasks_table(facts["stages"])
+    if table is None:
+        return []
+    return [
+        Heading("CORE by task"),
+        Paragraph(
+            "Centred accuracy is 0 where guessing would be and 1 where everything is right; v1 and "
+            "v2 differ in three baselines (commonsense_qa, agi_eval_lsat_ar, "
+            "bigbench_language_identification), and only v1 compares with nanochat's tables. "
+            "Cut: prompts longer than the context, which lost their beginning. The intervals hold "
+            "the noise of the questions, not that of another training run (CORE: about 0.006)."
+        ),
+        table,
+    ]
+
+
+def hash_blocks(run: Run) -> list[Block]:
+    """Fingerprints of the stages and hashes of their last weights."""
+    rows = []
+    for stage in STAGES:
+        record = run.read_stage(stage)
+        if record is None:
+            continue
+        folder = run.latest_checkpoint(stage) if stage in TRAINED_STAGES else None
+        weights = folder / "model.safetensors" if folder is not None else None
+        rows.append(
+            [
+                stage,
+                record["fingerprint"][:16],
+                folder.name if folder is not None else "-",
+                _sha256(weights)[:16] if weights is not None and weights.is_file() else "-",
+            ]
+        )
+    if not rows:
+        return []
+    return [
+        Heading("Hashes", 3),
+        Table(["stage", "fingerprint", "last checkpoint", "sha256 of its weights"], rows),
+        Paragraph(
+            "The fingerprint covers every setting that changes the result, the data and the stages "
+            "before; the first 16 digits of each."
+        ),
+    ]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
