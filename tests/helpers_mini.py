@@ -100,12 +100,12 @@ def artefacts(run: Path) -> dict[str, Any]:
     """What a run left behind, without what depends on the clock.
 
     JSON loses its TIMING_KEYS; the two report pages lose the lines that tell times and memory;
-    log.txt (the lines the terminal showed, rates and times in them) and .lock (a process id) are
-    left out; all else is compared byte for byte.
+    log.txt (the lines the terminal showed, rates and times in them), .lock (a process id) and the
+    plots of speed and memory are left out; all else is compared byte for byte.
     """
     found: dict[str, Any] = {}
     for name, data in snapshot(run).items():
-        if name == ".lock" or name.endswith("/log.txt"):
+        if name == ".lock" or name.endswith("/log.txt") or name in TIMED_FILES:
             continue
         if name.endswith((".json", ".jsonl")) and "/checkpoints/" not in name:
             found[name] = [without_timing(json.loads(x)) for x in _documents(name, data)]
@@ -121,10 +121,21 @@ def _documents(name: str, data: bytes) -> list[str]:
     return text.splitlines() if name.endswith(".jsonl") else [text]
 
 
+TIMED_PLOTS = {"Throughput", "Use of the machine (MFU)", "Largest memory of the process by stage"}
+TIMED_FILES = {f"plots/{name}.svg" for name in ("speed", "mfu", "memory")}
+
+
 def _without_times(page: str) -> str:
-    """A report page without the duration in its summary and without its table of stages."""
+    """A report page without what depends on the clock: the duration in its summary, the table of
+    stages, the plan against the time taken, how often a stage was taken up, and three plots."""
     page = re.sub(r"(It read \S+ tokens in) .+? on ", r"\1 TIME on ", page, count=1)
-    row = r"\|? ?(<tr><td>)?(tokenizer|base|mid|sft|rl|evaluate)(</td><td>| \| )(done|interrupted)"
+    titles = "Planned and actual|What went wrong"
+    page = re.sub(rf"(## |<h2>)({titles}).*?(?=\n## |\n<h2>)", "", page, flags=re.DOTALL)
+    for title in TIMED_PLOTS:
+        figure = rf'<figure aria-label="{re.escape(title)}">.*?</figure>'
+        page = re.sub(figure, "", page, flags=re.DOTALL)
+    between = r"(</td><td[^>]*>| \| )"
+    row = rf"\|? ?(<tr><td[^>]*>)?(tokenizer|base|mid|sft|rl|evaluate){between}(done|interrupted)"
     return "\n".join(line for line in page.splitlines() if not re.match(row, line.strip()))
 
 

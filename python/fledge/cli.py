@@ -509,6 +509,6 @@ VERBS: dict[str, Verb] = {
         "a grid of runs up to the end of base, and the scaling law they tell",
     ),
     "bench": Verb(
-        verb_bench, "sandbox|tok [--json]", "measure this machine, each figure with a peer"
+        verb_bench, "infer|sandbox|tok [--json]", "measure this machine, each figure with a peer"
     ),
 }

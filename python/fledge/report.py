@@ -137,14 +137,15 @@ def _scores(run: Run, stage: str) -> dict[str, Any]:
     if stage not in TRAINED_STAGES:
         return {}
     scores: dict[str, Any] = {}
-    for folder in reversed(_exam_folders(run, stage)):
+    for folder in _exam_folders(run, stage):
         for path in sorted(folder.glob("*.json")):
             table = files.read_json(path, fix=DAMAGED)
             if path.stem == "core":
-                scores |= table["scores"]
-                scores |= {f"core/{n}": _score(t, _OF_CORE) for n, t in table["tasks"].items()}
+                tasks = {f"core/{n}": _score(t, _OF_CORE) for n, t in table["tasks"].items()}
+                found = table["scores"] | tasks
             else:
-                scores[path.stem] = _score(table)
+                found = {path.stem: _score(table)}
+            scores |= {name: score for name, score in found.items() if name not in scores}
     return scores
 
 

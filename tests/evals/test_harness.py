@@ -7,6 +7,7 @@ local files, since it has no network here. FLEDGE_PARITY_MODEL names a further m
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +19,16 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip: 
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402  # pyright: ignore[reportMissingImports]
 from tests.helpers_lm_eval import local_tasks  # noqa: E402
-from tests.helpers_model import tiny_model, tiny_tokenizer  # noqa: E402
+from tests.helpers_model import tiny_model  # noqa: E402
 
+from fledge.data.overlap import read_texts  # noqa: E402
 from fledge.evals.harness import FledgeLM  # noqa: E402
 from fledge.run import find_checkpoint  # noqa: E402
+from fledge.tokenizer import Tokenizer  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # lm-eval's and its libraries' own
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3000),
     pytest.mark.slow,
 ]
 EXAMPLES = 200
@@ -41,11 +44,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> list[dic
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Qwen3 with a context that cuts some of the prompts."""
+def folder(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
+    """A random two-layer Qwen3 whose context cuts some prompts, with a tokenizer of real text."""
+    val = data_root / "pretrain" / "val.jsonl.zst"
+    if not val.is_file():
+        pytest.skip(f"needs {val}")
+    texts = itertools.islice(read_texts(val), 60)
+    tokenizer = Tokenizer.train(texts, vocab_size=4096, pattern="qwen2")
     path = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
-    tiny_model(tokenizer.vocab_size, context=768).save(path)
+    tiny_model(tokenizer.vocab_size, context=512).save(path)
     tokenizer.save(path)
     return path
 

@@ -88,8 +88,8 @@ def test_core_by_the_command_line(
     model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     words = ("eval", model, "--tasks", "core", "--data-root", data, "--out", tmp_path / "o")
-    code, out, _ = call(capsys, *words, "--json")
-    assert code == 0
+    code, out, err = call(capsys, *words, "--json")
+    assert code == 0, err
     table = json.loads(out)
     scores = table["stages"]["model"]["scores"]
     assert {"core_v1", "core_v2"} < set(scores) and len(scores) == 24

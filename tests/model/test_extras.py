@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fledge.errors import UserError
 from fledge.model import ModelConfig, Transformer, extras
-from fledge.model.attention import CacheView
+from fledge.model.kv_cache import CacheView, Piece, Segment
 
 PLAIN = ModelConfig(
     vocab_size=96,
@@ -173,9 +173,7 @@ def test_a_window_equals_a_dense_mask(window):
             if j > i or j <= i - window:
                 scores[:, :, i, j] = -math.inf
     expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
-    torch.testing.assert_close(attention.attend(q, k, v, None), expected)
-    cached = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
-    torch.testing.assert_close(attention.attend(q, k, v, cached), expected)
+    torch.testing.assert_close(attention.attend(q, k, v), expected)
 
 
 def test_the_last_layer_sees_everything():
@@ -187,21 +185,22 @@ def test_the_last_layer_sees_everything():
 @pytest.mark.parametrize("name", [*FLAGS, "all"])
 @torch.inference_mode()
 def test_cached_decoding_equals_the_full_forward_pass(name):
-    """Prefill of 7, then a chunk of 3, then one by one; slots copied and dropped on the way."""
+    """A shared beginning of 4, the rest of the prompt, a chunk of 3, then one by one."""
     model = speedrun(**(ALL if name == "all" else FLAGS[name]))
     ids = tokens(3, 16)
+    ids[:, :4] = ids[0, :4]
     full = model(ids)
     cache = model.new_cache(4, 20)
-    slots = torch.tensor([3, 0, 2])
-    view = CacheView(cache, slots, torch.arange(7).expand(3, 7), 7, fresh=True)
-    got = [model.lm_head(model.hidden(ids[:, :7], view))]
-    cache.copy_slot(0, 1, 7)
-    cache.keep(torch.tensor([3, 1, 2]))  # row 1 goes on in the copy of its slot
-    view = CacheView(cache, None, torch.arange(7, 10).expand(3, 3), 10, fresh=False)
-    got.append(model.lm_head(model.hidden(ids[:, 7:10], view)))
-    for t in range(10, 16):
-        view = CacheView(cache, None, torch.full((3, 1), t), t + 1, fresh=False)
-        got.append(model.lm_head(model.hidden(ids[:, t : t + 1], view)))
+    shared = (Segment(3, 0, 4),)
+    first = model.hidden(ids[:1, :4], CacheView(cache, [Piece(3, 0, 4)]))
+    got = [model.lm_head(first).expand(3, 4, -1)]
+
+    def read(start: int, end: int) -> torch.Tensor:
+        pieces = [Piece(slot, start, end - start, shared) for slot in range(3)]
+        hidden = model.hidden(ids[:, start:end].reshape(1, -1), CacheView(cache, pieces))
+        return model.lm_head(hidden).view(3, end - start, -1)
+
+    got += [read(4, 7), read(7, 10), *(read(t, t + 1) for t in range(10, 16))]
     torch.testing.assert_close(torch.cat(got, dim=1), full, rtol=1e-4, atol=1e-4)
 
 

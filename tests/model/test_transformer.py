@@ -8,7 +8,7 @@ import torch
 
 from fledge.errors import UserError
 from fledge.model import ModelConfig, Transformer
-from fledge.model.attention import CacheView
+from fledge.model.kv_cache import CacheView, Piece
 
 CONFIG = ModelConfig(
     vocab_size=96,
@@ -52,12 +52,13 @@ def test_cached_decoding_equals_the_full_forward_pass():
     ids = torch.randint(0, 96, (3, 12))
     full = model(ids)
     cache = model.new_cache(3, 16)
-    positions = torch.arange(7).expand(3, 7)
-    view = CacheView(cache, torch.arange(3), positions, 7, fresh=True)
-    got = [model.lm_head(model.hidden(ids[:, :7], view))]
-    for t in range(7, 12):
-        view = CacheView(cache, None, torch.full((3, 1), t), t + 1, fresh=False)
-        got.append(model.lm_head(model.hidden(ids[:, t : t + 1], view)))
+
+    def read(start: int, end: int) -> torch.Tensor:
+        view = CacheView(cache, [Piece(slot, start, end - start) for slot in range(3)])
+        hidden = model.hidden(ids[:, start:end].reshape(1, -1), view)
+        return model.lm_head(hidden).view(3, end - start, -1)
+
+    got = [read(0, 7), *(read(t, t + 1) for t in range(7, 12))]
     torch.testing.assert_close(torch.cat(got, dim=1), full, rtol=1e-4, atol=1e-4)
 
 

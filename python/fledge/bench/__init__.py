@@ -81,7 +81,14 @@ def _tok_text(rows: list[dict[str, Any]]) -> str:
     return tok.table(rows)
 
 
+def _infer() -> tuple[list[dict[str, Any]], list[str]]:
+    from fledge.bench import infer
+
+    return infer.run_default()
+
+
 BENCHES = {
+    "infer": Bench(_infer, "the engine on this CPU beside transformers with the same weights"),
     "sandbox": Bench(_sandbox, "what a call of each sandbox layer costs here"),
     "tok": Bench(
         _tok, "the tokenizer beside its peers (options: `fledge tok bench --help`)", _tok_text

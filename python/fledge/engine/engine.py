@@ -1,102 +1,262 @@
-"""The inference engine: prompts in, completions with log-probabilities out.
+"""The inference engine: prompts in, tokens with log-probabilities out.
 
-`Engine` serves the terminal chat, evaluation and reinforcement with the same batched code. It holds
-the live model, so after an optimizer step the next call already uses the new weights. Prompts and
-completions are token ids; text is the caller's business (tools excepted: their code and output are
-decoded and encoded here). Never trains, never reads or writes a run.
+`Engine` serves the terminal chat, the server, evaluation and reinforcement with the same batched
+code. It holds the live model, so after an optimizer step and `weights_changed` the next call uses
+the new weights. Prompts and completions are token ids; text is the caller's business (tools
+excepted: their code and output are decoded and encoded here). One thread uses an engine at a time.
+Never trains, never reads or writes a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fledge.engine.sampling import SamplingParams
-from fledge.engine.scheduler import Scheduler, Sequence, ToolHook, pad_right
-from fledge.engine.tools import Tools, ToolState
+from fledge.engine.packed import PackedRunner, can_pack
+from fledge.engine.requests import Completion, Request, SamplingParams, TokenEvent
+from fledge.engine.runner import Runner
+from fledge.engine.scheduler import Scheduler, pad_right
+from fledge.engine.tool_runner import ToolRunner, ToolTokens
+from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.model import Transformer
 from fledge.tokenizer import Tokenizer
 
 DEFAULT_SLOTS = 128
+CHUNK_TOKENS = 256  # read in one step: bounds how long the rows that are answering wait
 SCORE_TOKENS = 4096  # padded tokens in one scoring pass
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One continuation: ids, their log-probabilities, which were sampled (not forced by a tool)."""
-
-    ids: list[int]
-    logprobs: list[float]
-    sampled_mask: list[bool]
-    finish_reason: str  # "stop" or "length"
+CACHE_SHARE = 0.4  # of the memory of the machine, at most, for keys and values
 
 
 class Engine:
-    """Batched generation and scoring over one model and one tokenizer."""
+    """Batched generation and scoring over one model and one tokenizer.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = DEFAULT_SLOTS):
+    `deterministic`: results do not depend on what else runs (one bucket of rows, one chunk size,
+    tool results in the order of their calls, no reuse of earlier prompts). `weights`: float32,
+    bfloat16 or int8 (`engine.linears`). For tests: `packed=False` runs the module itself, `poison`
+    makes NaN of what is not a row's own.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = DEFAULT_SLOTS,
+        deterministic: bool = False,
+        chunk_tokens: int = CHUNK_TOKENS,
+        prefix_reuse: bool = True,
+        weights: str = "float32",
+        packed: bool = True,
+        poison: bool = False,
+    ):
         self.model = model
         self.tokenizer = tokenizer
-        self.slots = slots
+        self.deterministic = deterministic
+        self.weights = weights
+        self.packed = packed
+        if weights != "float32" and not (packed and can_pack(model)):
+            raise UserError(
+                f"{weights} weights are not possible here",
+                "they need a qwen3 model on a CPU",
+                "leave the weights as they are",
+            )
+        self.context = model.config.max_position_embeddings
         special = tokenizer.special_tokens
         self.stop_ids = frozenset({special["<|assistant_end|>"], special["<|bos|>"]})
+        self._options = {
+            "chunk_tokens": chunk_tokens,
+            "prefix_reuse": prefix_reuse,
+            "poison": poison,
+        }
+        self._slots = slots
+        self._tool_runner = ToolRunner(
+            ToolTokens(
+                special["<|python_start|>"],
+                special["<|python_end|>"],
+                special["<|output_start|>"],
+                special["<|output_end|>"],
+            ),
+            tokenizer.encode,
+            tokenizer.decode,
+        )
+        self._made_runner: Runner | None = None
+        self._live: Scheduler | None = None
+        self._next_id = 0
+        self._kept: list[TokenEvent] = []  # events that came while `generate` ran
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Engine:
         """The engine of a checkpoint folder that holds model and tokenizer."""
         return cls(Transformer.load(folder), Tokenizer.load(folder))
 
+    # -- the live interface ----------------------------------------------------------------------
+
+    def add(self, request: Request) -> int:
+        """Takes a request in; its id. Raises UserError where it can't be served."""
+        self._check([request.prompt])
+        self._next_id += 1
+        self._scheduler().add(self._next_id, request)
+        return self._next_id
+
+    def step(self) -> list[TokenEvent]:
+        """One step of all requests in flight; [] when nothing is in flight or nothing came yet."""
+        kept, self._kept = self._kept, []
+        if self._live is None or not self._live.busy:
+            return kept
+        return kept + self._live.step()
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request: its rows are gone now, the next step says so. Unknown ids do nothing."""
+        if self._live is not None:
+            self._live.cancel(request_id)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return 0 if self._live is None else len(self._live.requests)
+
+    @property
+    def slots(self) -> int:
+        """Rows that can be in flight at once: as many as wanted, or as memory holds."""
+        return self._slots_that_fit() if self._live is None else len(self._live.pool.slots)
+
+    @property
+    def runner(self) -> Runner:
+        """The passes of the model as this engine runs them: `hidden_of` and `head` for scoring."""
+        return self._runner()
+
+    def cached_tokens(self, request_id: int) -> int | None:
+        """Tokens of a request's prompt that were known from earlier; None before it was begun."""
+        return None if self._live is None else self._live.cached_tokens.get(request_id)
+
     def weights_changed(self) -> None:
-        """To be called after an optimizer step; nothing is cached across calls yet."""
+        """To be called after an optimizer step: what was read with the old weights is dropped."""
+        if self._live is None or not self._live.busy:
+            self._live = self._made_runner = None  # their memory too: training needs it
+        else:
+            self._live.pool.forget()
+            self._live.runner.weights_changed()
+
+    def close(self) -> None:
+        """Ends the tool threads and gives the cache back."""
+        self._tool_runner.close()
+        self._live = self._made_runner = None
+
+    # -- whole calls -----------------------------------------------------------------------------
 
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, tools: Tools | None = None
     ) -> list[list[Completion]]:
         """`params.n` completions of every prompt, in the order of the prompts."""
-        rows = [
-            Sequence(prompt, index, choice)
-            for index, prompt in enumerate(prompts)
-            for choice in range(params.n)
-        ]
-        for _ in self._run(rows, params, tools):
-            pass
-        done: list[list[Completion]] = [[] for _ in prompts]
-        for row in rows:
-            assert row.finish_reason is not None
-            done[row.index].append(
-                Completion(row.ids, row.logprobs, row.sampled, row.finish_reason)
-            )
-        return done
+        self._check(prompts)
+        ids = [self.add(Request(prompt, params, tools)) for prompt in prompts]
+        done = {i: [Completion([], [], [], "") for _ in range(params.n)] for i in ids}
+        for event in self._events_of(set(ids), len(ids) * params.n):
+            choices = done[event.request_id]
+            completion = choices[event.choice]
+            completion.ids.append(event.token)
+            completion.logprobs.append(event.logprob)
+            completion.sampled_mask.append(event.sampled)
+            if event.finish_reason is not None:
+                choices[event.choice] = Completion(
+                    completion.ids,
+                    completion.logprobs,
+                    completion.sampled_mask,
+                    event.finish_reason,
+                )
+        return [done[i] for i in ids]
 
     def stream(
         self, prompt: list[int], params: SamplingParams, tools: Tools | None = None
-    ) -> Iterator[int]:
-        """The tokens of one completion as they come, forced ones and the end token included."""
-        for row in self._run([Sequence(prompt, 0, 0)], params, tools):
-            yield row.ids[-1]
+    ) -> Generator[int, None, None]:
+        """The tokens of one completion as they come, forced ones and the end token included.
+
+        Leaving the iterator early cancels the request.
+        """
+        request_id = self.add(Request(prompt, params, tools))
+        try:
+            for event in self._events_of({request_id}, params.n):
+                yield event.token
+        finally:
+            self.cancel(request_id)
+            self._kept = [e for e in self._kept if e.request_id != request_id]
+            live = self._scheduler()
+            live.cancelled = [e for e in live.cancelled if e.request_id != request_id]
+
+    def _events_of(self, ids: set[int], endings: int) -> Iterator[TokenEvent]:
+        """The events of some requests until all have ended; others' are kept for `step`."""
+        live = self._scheduler()
+        while endings:
+            events = live.step()
+            self._kept += [e for e in events if e.request_id not in ids]
+            for event in events:
+                if event.request_id in ids:
+                    endings -= event.finish_reason is not None
+                    yield event
+
+    def _scheduler(self) -> Scheduler:
+        if self._live is None:
+            slots = self._slots_that_fit()
+            runner = self._runner()
+            runner.cache = self.model.new_cache(slots, self.context)
+            self._live = Scheduler(
+                runner,
+                slots=slots,
+                context=self.context,
+                stop_ids=self.stop_ids,
+                tools=self._tool_runner,
+                deterministic=self.deterministic,
+                **self._options,
+            )
+        return self._live
+
+    def _runner(self) -> Runner:
+        """The fastest way to run this model here; the module itself where there is no other."""
+        if self._made_runner is None:
+            if self.packed and can_pack(self.model):
+                self._made_runner = PackedRunner(
+                    self.model, deterministic=self.deterministic, weights=self.weights
+                )
+            else:
+                self._made_runner = Runner(self.model, deterministic=self.deterministic)
+        return self._made_runner
+
+    def _slots_that_fit(self) -> int:
+        """The wanted number of slots, or fewer where memory is short."""
+        config, device = self.model.config, self.model.cos.device
+        token = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return max(1, min(self._slots, int(memory * CACHE_SHARE / (token * self.context))))
+
+    # -- scoring ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def score(self, rows: list[list[int]]) -> list[list[float]]:
         """Log-probability of every token given those before it; the first of a row gets 0.0."""
         result: list[list[float]] = [[] for _ in rows]
+        runner = self._runner()
         for group, ids, last in self._batches(rows):
-            losses = self.model.token_losses(ids[:, :-1], ids[:, 1:])
-            for i, end, row_losses in zip(group, last.tolist(), losses.tolist(), strict=True):
-                result[i] = [0.0] + [-x for x in row_losses[:end]]
+            logprobs = runner.token_logprobs(ids[:, :-1], ids[:, 1:])
+            for i, end, row in zip(group, last.tolist(), logprobs.tolist(), strict=True):
+                result[i] = [0.0, *row[:end]]
         return result
 
     @torch.inference_mode()
     def next_logprobs(self, prompts: list[list[int]], candidates: list[int]) -> list[list[float]]:
         """Log-probabilities of `candidates` as the token right after each prompt."""
         result: list[list[float]] = [[] for _ in prompts]
+        runner = self._runner()
         for group, ids, last in self._batches(prompts):
-            logits = self.model.lm_head(self.model.hidden(ids)[torch.arange(len(group)), last])
-            table = logits.float().log_softmax(dim=-1)[:, candidates]
+            states = runner.hidden_of(ids)[torch.arange(len(group)), last]
+            table = runner.head(states).float().log_softmax(dim=-1)[:, candidates]
             for i, row in zip(group, table.tolist(), strict=True):
                 result[i] = row
         return result
@@ -112,42 +272,8 @@ class Engine:
             ids, last = pad_right([rows[i] for i in group])
             yield group, ids.to(self.model.cos.device), last
 
-    def _run(
-        self, rows: list[Sequence], params: SamplingParams, tools: Tools | None
-    ) -> Iterator[Sequence]:
-        """The rows, each time one of them has a new token."""
-        self._check([row.prompt for row in rows])
-        return Scheduler(
-            self.model,
-            params,
-            rows,
-            slots=self.slots,
-            stop_ids=self.stop_ids,
-            tool_hook=None if tools is None else self._tool_hook(tools),
-        ).run()
-
-    def _tool_hook(self, tools: Tools) -> ToolHook:
-        """Runs a row's python block when it closes; its output comes back as forced tokens."""
-        special = self.tokenizer.special_tokens
-        start, end = special["<|python_start|>"], special["<|python_end|>"]
-        states: dict[tuple[int, int], ToolState] = {}
-
-        def hook(row: Sequence, token: int) -> list[int]:
-            if token != end or start not in row.ids:
-                return []
-            begin = len(row.ids) - 1 - row.ids[::-1].index(start)
-            code = self.tokenizer.decode(row.ids[begin + 1 : -1])
-            key = (row.index, row.choice)
-            if key not in states:
-                states[key] = tools.new_state()
-            result = tools.run(code, states[key])
-            output = self.tokenizer.encode(result.text)
-            return [special["<|output_start|>"], *output, special["<|output_end|>"]]
-
-        return hook
-
     def _check(self, prompts: list[list[int]]) -> None:
-        limit = self.model.config.max_position_embeddings
+        limit = self.context
         for prompt in prompts:
             if not prompt:
                 raise UserError("a prompt is empty", "there is nothing to continue", "add text")

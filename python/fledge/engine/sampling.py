@@ -1,35 +1,25 @@
-"""Choosing the next token of every row of a batch.
+"""Choosing the next token of every row of a batch, each row by its own parameters.
 
 A draw depends only on (seed, choice, position) and on the row's own logits: one uniform number per
-row comes from a counter-based generator, so batch-mates never change a sample. Used by
-`engine.scheduler`. Pure functions of tensors [rows, V].
+row comes from a counter-based generator and is put through the inverse of the row's cumulative
+distribution, so batch-mates never change a sample (docs/decisions/020). Rows that want the same
+kind of truncation share the kernels; which kind is a function of the row's parameters alone.
+Used by `engine.scheduler`. Never changes the logits that it is given.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fledge.engine.requests import SamplingParams
+
 _MASK = (1 << 64) - 1
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to continue a prompt. temperature 0 is greedy; n samples share one prefill."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        assert self.max_tokens >= 1 and self.temperature >= 0 and self.n >= 1, self
-        assert self.top_k is None or self.top_k >= 1, self
-        assert self.top_p is None or 0 < self.top_p <= 1, self
+BLOCK = 64  # logits that `best` looks at as one
+FIRST_CANDIDATES = 256  # how many of the best tokens top_p and min_p look at before sorting all
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -46,21 +36,159 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (x >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
-    """Token ids [rows] from logits [rows, V] and one uniform number per row [rows]."""
-    if params.temperature == 0:
+def adjust(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
+) -> Tensor:
+    """One row's logits [V] after penalties, bias and the allowed-token mask; a new tensor."""
+    logits = logits.float().clone()
+    vocab, device = len(logits), logits.device
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*prompt, *generated}), device=device)
+        values, factor = logits[seen], params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / factor, values * factor)
+    if (params.presence_penalty or params.frequency_penalty) and generated:
+        counts = Counter(generated)
+        ids = torch.tensor(list(counts), device=device)
+        number = torch.tensor(list(counts.values()), device=device, dtype=logits.dtype)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * number
+    if params.logit_bias:
+        pairs = [(t, b) for t, b in params.logit_bias.items() if 0 <= t < vocab]
+        if pairs:
+            ids = torch.tensor([t for t, _ in pairs], device=device)
+            logits[ids] += torch.tensor([b for _, b in pairs], device=device)
+    allowed = params.allowed_tokens
+    if callable(allowed):
+        allowed = allowed([*generated])
+    if allowed is not None:
+        kept = torch.tensor([t for t in allowed if 0 <= t < vocab], device=device)
+        masked = torch.full_like(logits, float("-inf"))
+        if len(kept):  # a mask that allows nothing is the mask's mistake: the row ends as it can
+            masked[kept] = logits[kept]
+            logits = masked
+    return logits
+
+
+def sample(
+    logits: Tensor, uniforms: Tensor, params: SamplingParams | Sequence[SamplingParams]
+) -> Tensor:
+    """Token ids [rows] from adjusted logits [rows, V] and one uniform number per row [rows].
+
+    `params` is one for all rows, or one per row. Ties of the greedy choice go to the smaller id.
+    """
+    rows = logits.shape[0]
+    table = [params] * rows if isinstance(params, SamplingParams) else list(params)
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for i, p in enumerate(table):
+        kinds.setdefault(_kind(p, logits.shape[-1]), []).append(i)
+    if len(kinds) == 1:
+        return _sample_kind(logits, uniforms, table, next(iter(kinds)))
+    picked = torch.empty(rows, dtype=torch.long, device=logits.device)
+    for kind, members in kinds.items():
+        index = torch.tensor(members, device=logits.device)
+        subset = [table[i] for i in members]
+        picked[index] = _sample_kind(logits[index], uniforms[index], subset, kind)
+    return picked
+
+
+def _kind(p: SamplingParams, vocab: int) -> tuple[str, int]:
+    """Which kernel a row needs, by its own parameters alone."""
+    if p.temperature == 0:
+        return "greedy", 0
+    if p.top_k is not None and p.top_k < vocab:
+        return "best", p.top_k
+    if (p.top_p is not None and p.top_p < 1) or p.min_p:
+        return "nucleus", 0
+    return "all", 0
+
+
+def _sample_kind(
+    logits: Tensor, uniforms: Tensor, params: list[SamplingParams], kind: tuple[str, int]
+) -> Tensor:
+    name, top_k = kind
+    if name == "greedy":
         return logits.argmax(dim=-1)
-    probabilities = (logits.float() / params.temperature).softmax(dim=-1)
-    if params.top_k is not None and params.top_k < logits.shape[-1]:
-        least = probabilities.topk(params.top_k, dim=-1).values[:, -1:]
-        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-    if params.top_p is not None and params.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= params.top_p * ordered.sum(-1, keepdim=True), 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    # inverse of the cumulative distribution, in float64 so that the tail keeps its mass
-    cumulative = probabilities.double().cumsum(dim=-1)
-    target = uniforms.double()[:, None] * cumulative[:, -1:]
+    column = [p.temperature for p in params]
+    temperature = torch.tensor(column, device=logits.device)[:, None]
+    if name == "best":  # the order does not depend on the temperature
+        values, ids = best(logits, top_k)
+        shares = _truncate((values.float() / temperature).softmax(dim=-1), params)
+        return ids.gather(1, _invert(shares, uniforms)[:, None])[:, 0]
+    scaled = logits.float() / temperature
+    if name == "all":
+        return _invert(scaled.softmax(dim=-1), uniforms)
+    return _sample_nucleus(scaled, uniforms, params)
+
+
+def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of logits [rows, V] and their ids, from the best down.
+
+    They lie in the `count` blocks with the largest maxima, so only those are searched: one fast
+    pass over all logits instead of a slow one.
+    """
+    rows, vocab = logits.shape
+    blocks = vocab // BLOCK
+    if vocab % BLOCK or count * 4 > blocks:
+        return logits.topk(count, dim=-1)
+    lines = logits.view(rows, blocks, BLOCK)
+    chosen = lines.amax(dim=-1).topk(count, dim=-1, sorted=False).indices  # [rows, count]
+    candidates = lines.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
+    values, place = candidates.topk(count, dim=-1)
+    ids = chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK
+    return values, ids
+
+
+def _sample_nucleus(scaled: Tensor, uniforms: Tensor, params: list[SamplingParams]) -> Tensor:
+    """top_p and min_p without top_k: the best FIRST_CANDIDATES usually hold the whole nucleus."""
+    normaliser = scaled.logsumexp(dim=-1, keepdim=True)
+    values, ids = best(scaled, min(FIRST_CANDIDATES, scaled.shape[-1]))
+    shares = (values - normaliser).exp()
+    floor = torch.tensor([p.min_p or 0.0 for p in params], device=scaled.device)
+    mass = torch.tensor([p.top_p or 1.0 for p in params], device=scaled.device)
+    whole = (shares.sum(-1) > mass) | (shares[:, -1] < floor * shares[:, 0])
+    if bool(whole.all()) or values.shape[-1] == scaled.shape[-1]:
+        shares = _truncate(shares, params)
+        return ids.gather(1, _invert(shares, uniforms)[:, None])[:, 0]
+    picked = torch.empty(len(params), dtype=torch.long, device=scaled.device)
+    for is_whole in (True, False):
+        index = (whole == is_whole).nonzero()[:, 0]
+        if not len(index):
+            continue
+        subset = [params[i] for i in index.tolist()]
+        if is_whole:
+            part, order = shares[index], ids[index]
+        else:
+            part, order = (scaled[index] - normaliser[index]).exp().sort(dim=-1, descending=True)
+        part = _truncate(part, subset)
+        picked[index] = order.gather(1, _invert(part, uniforms[index])[:, None])[:, 0]
+    return picked
+
+
+def _truncate(shares: Tensor, params: list[SamplingParams]) -> Tensor:
+    """top_p, then min_p, on shares [rows, candidates] sorted from the best down.
+
+    top_p keeps the smallest set whose mass reaches it (Holtzman et al., arXiv 1904.09751): every
+    candidate before which the mass is still below. min_p drops what is less than that share of
+    the best candidate (Nguyen et al., arXiv 2407.01082).
+    """
+    if any(p.top_p is not None and p.top_p < 1 for p in params):
+        mass = torch.tensor([p.top_p or 1.0 for p in params], device=shares.device)[:, None]
+        before = shares.cumsum(dim=-1) - shares
+        dropped = (before >= mass) & (mass < 1)
+        dropped[:, 0] = False
+        shares = shares.masked_fill(dropped, 0.0)
+    if any(p.min_p for p in params):
+        floor = torch.tensor([p.min_p or 0.0 for p in params], device=shares.device)[:, None]
+        shares = shares.masked_fill(shares < floor * shares[:, :1], 0.0)
+    return shares
+
+
+def _invert(shares: Tensor, uniforms: Tensor) -> Tensor:
+    """Index [rows] where the cumulative sum of shares [rows, n] passes uniform * total.
+
+    In float64, so that the tail keeps its mass.
+    """
+    cumulative = shares.double().cumsum(dim=-1)
+    # rounding must not reach the total: behind it stand only candidates of share 0
+    target = uniforms.double()[:, None] * (cumulative[:, -1:] * (1 - 2**-52))
     picked = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return picked.clamp_(max=logits.shape[-1] - 1)
+    return picked.clamp_(max=shares.shape[-1] - 1)

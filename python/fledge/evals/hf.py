@@ -44,7 +44,7 @@ class HfModel(nn.Module):
         """States [B, T, D] just before the head; of a trie with its positions and mask."""
         options: dict[str, Any] = {}
         if view is not None:
-            seen = view.mask()
+            seen = view.mask
             shut = torch.finfo(self.cos.dtype).min
             mask = torch.zeros(seen.shape, dtype=self.cos.dtype, device=seen.device)
             options = {

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.engine import Engine, SamplingParams
@@ -25,7 +26,6 @@ from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.evals import tries
 from fledge.model import Transformer
-from fledge.model.attention import CacheView
 
 BATCH_NODES = 4096  # padded tokens of one forward pass
 BATCH_ROWS = 1024
@@ -139,31 +139,47 @@ def _check(engine: Engine, requests: Sequence[Request]) -> None:
             )
 
 
-class _Through:
-    """A cache that keeps nothing: attention reads back what it has just written."""
+class TreeView:
+    """How tokens in rows of tries see each other: an `AttentionView` without a cache.
 
-    def write(
-        self, layer: int, rows: Tensor | None, positions: Tensor, k: Tensor, v: Tensor
-    ) -> None:
-        self.last = k, v
-
-    def read(self, layer: int, rows: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-        return self.last
-
-
-class TreeView(CacheView):
-    """Tells attention that a row is a trie: positions [B, N] and which nodes see which [B, N, N].
-
-    Stands where a cache would; DESIGN's engine may offer the same as a method of its own.
+    A node stands at the position of its depth and sees its ancestors and itself.
     """
 
-    def __init__(self, positions: Tensor, seen: Tensor) -> None:
-        cache = _Through()
-        super().__init__(cache, None, positions, positions.shape[1], fresh=False)  # type: ignore[arg-type]
-        self._seen = seen[:, None]
+    def __init__(self, batch: list[tries.Trie], width: int, device: torch.device) -> None:
+        places = np.zeros((len(batch), width), np.int64)
+        parents = np.zeros_like(places)
+        for i, row in enumerate(batch):
+            places[i, : len(row)] = row.depth
+            for path in row.paths:
+                parents[i, path[1:]] = path[:-1]
+        seen = np.stack([row.mask(width) for row in batch])
+        self.positions = torch.from_numpy(places).to(device)  # [B, N]
+        self._parents = torch.from_numpy(parents).to(device)
+        self.mask = torch.from_numpy(seen).to(device)[:, None]  # [B, 1, N, N]: who sees whom
 
-    def mask(self) -> Tensor:
-        return self._seen
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention output [B, N, H, K] of q [B, H, N, K] over k, v [B, H_kv, N, K]."""
+        seen = self.mask
+        if window is not None:
+            depth = self.positions[:, None]
+            seen = seen & (depth[..., :, None] - depth[..., None, :] < window)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return y.transpose(1, 2)
+
+    def previous_ids(self, ids: Tensor) -> Tensor:
+        """The token before each of ids [B, N]; 0 where there is none."""
+        return torch.where(self.positions > 0, ids.gather(1, self._parents), 0)
 
 
 @torch.inference_mode()
@@ -176,13 +192,7 @@ def _score(
     ids = np.zeros((len(batch), width), np.int64)
     for i, row in enumerate(batch):
         ids[i, : len(row)] = row.ids
-    view = None
-    if not batch[0].is_chain:
-        positions = np.zeros_like(ids)
-        for i, row in enumerate(batch):
-            positions[i, : len(row)] = row.depth
-        seen = np.stack([row.mask(width) for row in batch])
-        view = TreeView(torch.from_numpy(positions).to(device), torch.from_numpy(seen).to(device))
+    view = None if batch[0].is_chain else TreeView(batch, width, device)
     hidden = model.hidden(torch.from_numpy(ids).to(device), view).flatten(0, 1)  # [B * N, D]
     places: list[np.ndarray] = []
     targets: list[np.ndarray] = []

@@ -121,7 +121,8 @@ def chatcore(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     centred, squares = {}, []
     for name in names:
         score = results[name]
-        chance = _FIXED_CHANCE.get(name, score["chance"])
+        chance = _FIXED_CHANCE.get(name)
+        chance = score["chance"] if chance is None else chance
         centred[name] = (score["value"] - chance) / (1 - chance)
         error = score.get("stderr")
         squares.append((error / (1 - chance)) ** 2 if error is not None else math.nan)

@@ -7,36 +7,14 @@ Used by `model.transformer`. One function, `attend`, does the arithmetic through
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge.config import ModelConfig
-from fledge.model.kv_cache import KVCache
+from fledge.model.kv_cache import AttentionView
 from fledge.model.layers import RMSNorm, rotate
-
-
-@dataclass
-class CacheView:
-    """Where this forward pass reads and writes the cache.
-
-    `rows` are the slots of the batch (None = all slots in order); `positions` [B, T] is where each
-    token stands in its sequence; `length` is the longest sequence after this pass. `fresh` means
-    that every row starts at position 0, so nothing older has to be read.
-    """
-
-    cache: KVCache
-    rows: Tensor | None
-    positions: Tensor
-    length: int
-    fresh: bool
-
-    def mask(self) -> Tensor:
-        """[B, 1, T, L] True where a query may look: every earlier position of its own slot."""
-        keys = torch.arange(self.length, device=self.positions.device)
-        return keys <= self.positions[:, None, :, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,7 +52,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None) -> Tensor:
         return self.mix(*self.project(x, cos, sin), view)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,16 +63,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, view: CacheView | None) -> Tensor:
-        """What attention adds to the stream [B, T, D]; keys and values go through the cache."""
-        mask = None
-        if view is not None:
-            view.cache.write(self.layer, view.rows, view.positions, k, v)
-            if not view.fresh:
-                k, v = view.cache.read(self.layer, view.rows, view.length)
-                mask = view.mask()
-        y = self.attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return attend(q, k, v, mask)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView | None) -> Tensor:
+        """What attention adds to the stream [B, T, D]; with a view, cached tokens are seen too."""
+        if view is None:
+            y = attend(q, k, v, None).transpose(1, 2)
+        else:
+            y = view.attend(self.layer, q, k, v)  # [B, T, H, K]
+        return self.o_proj(y.flatten(2))

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge.config import ModelConfig
-from fledge.model.attention import Attention, CacheView
+from fledge.model.attention import Attention
+from fledge.model.kv_cache import AttentionView
 from fledge.model.layers import Embedding, RMSNorm, SwiGLU, rms_norm
 from fledge.model.loss import softcap
 
@@ -116,7 +117,7 @@ class SpeedrunAttention(Attention):
             self.value_gate = nn.Linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, bias=False)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None, table: Tensor | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None, table: Tensor | None
     ) -> Tensor:
         """`table` [B, T, H_kv K]: the value embeddings of the tokens, if this layer has any."""
         q, k, v = self.project(x, cos, sin)
@@ -126,20 +127,24 @@ class SpeedrunAttention(Attention):
             v = v + (gate[..., None] * heads).transpose(1, 2)
         return self.mix(q, k, v, view)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if self.window is not None and k.shape[2] > self.window:
-            if mask is None:
-                mask = window_mask(q.shape[2], self.window, q.device)
-            else:  # a row of the cache's mask is True up to the query's own place
-                place = mask.sum(dim=-1, keepdim=True) - 1
-                keys = torch.arange(k.shape[2], device=k.device)
-                mask = mask & (keys > place - self.window)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView | None) -> Tensor:
+        if view is None:
+            y = self.attend(q, k, v).transpose(1, 2)
+        else:
+            y = view.attend(self.layer, q, k, v, window=self.window, scale=self.scale)
+        return self.o_proj(y.flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, T, K] of whole rows: causal, inside the window."""
+        tokens, mask = q.shape[2], None
+        if self.window is not None and tokens > self.window:
+            mask = window_mask(tokens, self.window, q.device)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and q.shape[2] > 1,
+            is_causal=mask is None and tokens > 1,
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
@@ -157,7 +162,7 @@ class SpeedrunBlock(nn.Module):
         self.mlp = kind(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None, table: Tensor | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None, table: Tensor | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, view, table)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -206,15 +211,15 @@ class SpeedrunDecoder(nn.Module):
         x = self.embed_tokens(ids)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def _smeared(self, x: Tensor, ids: Tensor, view: CacheView | None) -> Tensor:
+    def _smeared(self, x: Tensor, ids: Tensor, view: AttentionView | None) -> Tensor:
         if self.smear is None:
             return x
         if view is None:
             return self.smear(x, F.pad(x[:, :-1], (0, 0, 1, 0)))
-        previous = self.embed(view.cache.previous_ids(view.rows, view.positions, ids))
+        previous = self.embed(view.previous_ids(ids))
         return self.smear(x, previous * (view.positions > 0)[..., None])
 
-    def forward(self, ids: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None) -> Tensor:
+    def forward(self, ids: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None) -> Tensor:
         """Normed states [B, T, D] of token ids [B, T]."""
         x = first = self._smeared(self.embed(ids), ids, view)
         middle = None

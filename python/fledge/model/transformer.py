@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fledge.config import ModelConfig
-from fledge.model.attention import Attention, CacheView
+from fledge.model.attention import Attention
 from fledge.model.extras import CappedHead, SpeedrunDecoder, initialize_speedrun
-from fledge.model.kv_cache import KVCache
+from fledge.model.kv_cache import AttentionView, KVCache
 from fledge.model.layers import Embedding, RMSNorm, SwiGLU, rotary_table
 from fledge.model.loss import Workspace, add_loss_gradients, linear_cross_entropy
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, view)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, cos: Tensor, sin: Tensor, view: CacheView | None) -> Tensor:
+    def forward(self, ids: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None) -> Tensor:
         """Normed states [B, T, D] of token ids [B, T]."""
         x = self.embed_tokens(ids)
         for block in self.layers:
@@ -102,7 +102,7 @@ class Transformer(nn.Module):
             else:
                 parameter.uniform_(-bound, bound, generator=generator)
 
-    def hidden(self, ids: Tensor, view: CacheView | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, view: AttentionView | None = None) -> Tensor:
         """Normed states [B, T, D] of token ids [B, T]; with a view, cached tokens are seen too."""
         if view is None:
             cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]  # [T, K/2]

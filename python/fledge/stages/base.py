@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fledge import files
-from fledge.engine import Engine, SamplingParams
+from fledge.engine import SamplingParams
 from fledge.model import Transformer
 from fledge.stages.context import StageContext
+from fledge.stages.inference import stage_engine
 from fledge.stages.training import run_training, write_samples
 
 SAMPLE_TOKENS = 48
@@ -31,7 +32,7 @@ def run(ctx: StageContext, *, resume: bool) -> None:
 def continuations(ctx: StageContext, model: Transformer) -> list[tuple[str, str]]:
     """Greedy continuations of raw text; a prompt longer than half the context is cut short."""
     model.eval()
-    engine, tokenizer = Engine(model, ctx.tokenizer), ctx.tokenizer
+    engine, tokenizer = stage_engine(model, ctx.tokenizer), ctx.tokenizer
     prompts, room = ctx.material.sample_prompts(), model.config.max_position_embeddings // 2
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:room] for prompt in prompts]
     done = engine.generate(ids, SamplingParams(max_tokens=SAMPLE_TOKENS))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fledge import files
-from fledge.engine import Engine, SamplingParams
+from fledge.engine import SamplingParams
 from fledge.engine.tools import Tools
 from fledge.model import Transformer
 from fledge.stages.context import StageContext
+from fledge.stages.inference import stage_engine
 from fledge.stages.material import ChatStage
 from fledge.stages.training import run_training, write_samples
 from fledge.tokenizer.chat import render_prompt
@@ -40,7 +41,7 @@ def write_replies(ctx: StageContext, stage: str, model: Transformer) -> None:
     asked = {question: prompt for question, prompt in asked.items() if len(prompt) < room}
     params = SamplingParams(max_tokens=SAMPLE_TOKENS)
     with Tools() as tools:
-        done = Engine(model, ctx.tokenizer).generate(list(asked.values()), params, tools)
+        done = stage_engine(model, ctx.tokenizer).generate(list(asked.values()), params, tools)
     pairs = []
     for question, (completion,) in zip(asked, done, strict=True):
         parts = split_parts(ctx.tokenizer, completion.ids)

@@ -16,7 +16,6 @@ from typing import Any
 
 from fledge import files
 from fledge.data.overlap import read_texts
-from fledge.engine import Engine
 from fledge.errors import UserError
 from fledge.evals import bpb, hf, suite
 from fledge.evals.examine import TaskResult, pick_items
@@ -26,10 +25,13 @@ from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.core import CORE
 from fledge.evals.tasks.registry import find_tasks
 from fledge.evals.tasks.worlds import EXAMS
+from fledge.model import Transformer
 from fledge.report import gather
 from fledge.run import Run, find_checkpoint
 from fledge.stages.context import StageContext, peak_memory_bytes
+from fledge.stages.inference import stage_engine
 from fledge.stages.material import open_material
+from fledge.tokenizer import Tokenizer
 from fledge.train.checkpoint import verify
 
 Note = Callable[[str], None]
@@ -38,26 +40,31 @@ Note = Callable[[str], None]
 class Candidate:
     """One checkpoint and the store of its results; opened when the first exam needs it."""
 
-    def __init__(self, folder: Path, store: Store | None, *, device: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: Store | None,
+        *,
+        device: str | None = None,
+        is_foreign: bool = False,
+    ) -> None:
+        """is_foreign: another maker's model, which has CORE only."""
         self.folder = folder
         self.store = store
         self.device = device
+        self.is_foreign = is_foreign
 
     @functools.cached_property
     def engine(self) -> Any:
         """The engine of the checkpoint."""
         if (self.folder / "train_state").is_dir():
             verify(self.folder)
-        engine = hf.open_hf(self.folder) if self.is_foreign else Engine.from_folder(self.folder)
-        engine.model.eval()
-        if self.device is not None:
-            engine.model.to(self.device)
-        return engine
-
-    @functools.cached_property
-    def is_foreign(self) -> bool:
-        """Whether it is another maker's model, which has CORE only."""
-        return hf.is_foreign(self.folder)
+        if self.is_foreign:
+            engine = hf.open_hf(self.folder)
+            engine.model.eval().to(self.device or "cpu")
+            return engine
+        model = Transformer.load(self.folder).eval().to(self.device or "cpu")
+        return stage_engine(model, Tokenizer.load(self.folder))
 
     def take(
         self, task: Task, options: Options, *, after_chunk: Callable[[int], None] | None = None
@@ -148,7 +155,8 @@ def evaluate_model(
     """
     folder, in_run, stage = find_checkpoint(Path(path))
     found, notes = _tasks_for(in_run, tasks, data_root)
-    if hf.is_foreign(folder):
+    is_foreign = in_run is None and hf.is_foreign(folder)
+    if is_foreign:
         notes += [
             f"{t.name} is left out: {path} has no chat format" for t in found if t.kind != CORE
         ]
@@ -161,7 +169,7 @@ def evaluate_model(
         )
     place = (out or _place(folder, in_run, stage)) if keep else None
     store = Store(place, model_hash(folder)) if place is not None else None
-    candidate = Candidate(folder, store)
+    candidate = Candidate(folder, store, is_foreign=is_foreign)
     began, results = time.monotonic(), []
     for task in found:
         results.append(candidate.take(task, options))
@@ -214,8 +222,10 @@ def _tasks_for(
         return find_tasks(data_root, names)
     recipe = run.recipe
     data = dataclasses.replace(recipe.data, root=data_root or recipe.data.root)
+    if recipe.data.source is not None:  # its tasks are files: the text need not be opened
+        return find_tasks(data.root, names)
     of_world = None if names is None else tuple(n for n in names if n in EXAMS)
-    if recipe.data.source is None and names is not None and len(of_world or ()) < len(names):
+    if names is not None and len(of_world or ()) < len(names):
         # a world's model may be asked real questions too
         others = tuple(name for name in names if name not in EXAMS)
         if any(_looks_like_exam(name) for name in others):
@@ -245,7 +255,7 @@ def _tasks_of_material(
 def bits_per_byte(path: str | Path, text: Path) -> dict[str, Any]:
     """Bits per byte of a file or folder of text, whole documents; the shape of report.json."""
     folder, in_run, stage = find_checkpoint(Path(path))
-    if hf.is_foreign(folder):
+    if in_run is None and hf.is_foreign(folder):
         raise UserError(
             f"{path} was not written by fledge",
             "the bytes of its tokens are not known here",

@@ -61,7 +61,7 @@ def training_texts(run: Run) -> Iterator[str]:
     corpus = open_corpus(
         data.source, seed=data.seed, val_fraction=data.val_fraction, max_bytes=data.max_bytes
     )
-    yield from corpus.train
+    yield from corpus.one_epoch(data.seed)
     chats = Path(data.root) / "sft" if data.root else None
     if chats is not None and chats.is_dir():
         yield from read_texts(chats)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fledge.engine import Engine, SamplingParams
+from fledge.engine import SamplingParams
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.model import Transformer
 from fledge.stages.chats import write_replies
 from fledge.stages.context import StageContext
+from fledge.stages.inference import stage_engine
 from fledge.stages.material import HELD_OUT_PROBLEMS
 from fledge.stages.training import TrainedStage
 from fledge.tokenizer.chat import render_prompt
@@ -49,7 +50,9 @@ def run(ctx: StageContext, *, resume: bool) -> None:
         model.eval()
         held = [problem(HELD_OUT_PROBLEMS + i) for i in range(VALIDATION_PROBLEMS)]
         params = SamplingParams(max_tokens=section.max_new_tokens)
-        done = Engine(model, tokenizer).generate([prompt for _, prompt in held], params, tools)
+        done = stage_engine(model, tokenizer).generate(
+            [prompt for _, prompt in held], params, tools
+        )
         right = sum(
             reward(item, completion.ids)
             for (item, _), (completion,) in zip(held, done, strict=True)
@@ -62,7 +65,7 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     ):
         train_rl(
             training.job,
-            engine=Engine(training.job.model, tokenizer),
+            engine=stage_engine(training.job.model, tokenizer),
             tools=tools,
             problem=problem,
             reward=reward,

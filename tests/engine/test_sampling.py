@@ -1,0 +1,152 @@
+"""Draws follow the exact distribution of their row's parameters, whatever the other rows want."""
+
+import math
+
+import pytest
+import torch
+
+from fledge.engine.requests import SamplingParams
+from fledge.engine.sampling import adjust, best, sample, uniform
+from fledge.errors import UserError
+
+DRAWS = 40000
+LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 1.9, -3.0, 0.25])
+
+
+def naive_shares(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
+    """The readable twin: the exact distribution, token by token."""
+    shares = (logits.double() / p.temperature).softmax(-1)
+    order = sorted(range(len(shares)), key=lambda i: (-shares[i], i))
+    kept = order[: p.top_k] if p.top_k else order
+    total = sum(float(shares[i]) for i in kept)
+    nucleus, mass = [], 0.0
+    for i in kept:
+        if p.top_p is not None and mass >= p.top_p * total and nucleus:
+            break
+        nucleus.append(i)
+        mass += float(shares[i])
+    if p.min_p:
+        nucleus = [i for i in nucleus if shares[i] >= p.min_p * shares[order[0]]]
+    result = torch.zeros_like(shares)
+    result[nucleus] = shares[nucleus]
+    return result / result.sum()
+
+
+CASES = [
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.4),
+    SamplingParams(temperature=2.5, top_k=4),
+    SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=1.0, top_p=0.6),
+    SamplingParams(temperature=1.0, top_p=0.001),
+    SamplingParams(temperature=1.0, min_p=0.3),
+    SamplingParams(temperature=1.3, top_k=7, top_p=0.8, min_p=0.05),
+    SamplingParams(temperature=0.7, top_p=0.95, min_p=0.1),
+]
+
+
+def draws(params: list[SamplingParams]) -> torch.Tensor:
+    """[DRAWS, cases]: every case in one batch of rows, a new position each time."""
+    keys = [uniform(p.seed + i, i, d) for d in range(DRAWS) for i, p in enumerate(params)]
+    logits = LOGITS.repeat(DRAWS * len(params), 1)
+    picked = sample(logits, torch.tensor(keys, dtype=torch.float64), params * DRAWS)
+    return picked.view(DRAWS, len(params))
+
+
+def test_draws_fit_the_exact_distribution_of_their_row():
+    picked = draws(CASES)
+    for column, params in enumerate(CASES):
+        expected = naive_shares(LOGITS, params) * DRAWS
+        counts = torch.bincount(picked[:, column], minlength=len(LOGITS)).double()
+        assert (counts[expected == 0] == 0).all(), params
+        alive = expected > 0
+        chi_square = float(((counts - expected)[alive] ** 2 / expected[alive]).sum())
+        freedom = int(alive.sum()) - 1
+        if freedom == 0:
+            continue  # one token only: and no other came: checked above
+        # Wilson and Hilferty's approximation of the 0.01 % point
+        limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+        assert chi_square < limit, params
+
+
+@pytest.mark.parametrize("params", CASES)
+def test_a_row_draws_the_same_alone_and_among_others(params):
+    logits = torch.randn(12, 700, generator=torch.Generator().manual_seed(0)) * 3
+    uniforms = torch.tensor([uniform(5, i, 9) for i in range(12)], dtype=torch.float64)
+    mixed = [CASES[i % len(CASES)] for i in range(12)]
+    for row in range(12):
+        table = [*mixed[:row], params, *mixed[row + 1 :]]
+        together = sample(logits, uniforms, table)[row]
+        alone = sample(logits[row : row + 1], uniforms[row : row + 1], params)[0]
+        assert together == alone
+
+
+def test_a_wide_nucleus_needs_more_than_the_first_candidates():
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    logits, draws = torch.zeros(1, 4000), torch.tensor([0.999], dtype=torch.float64)
+    assert 0 <= int(sample(logits, draws, params)) < 4000
+    seen = {
+        int(sample(logits, torch.tensor([u / 500], dtype=torch.float64), params))
+        for u in range(500)
+    }
+    assert len(seen) == 500  # many more than FIRST_CANDIDATES, which is 256
+
+
+def test_the_last_uniform_number_never_draws_what_was_cut():
+    params = SamplingParams(temperature=1.0, top_p=0.3)
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    for seed in range(50):
+        logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(seed))
+        picked = int(sample(logits, last, params))
+        assert naive_shares(logits[0], params)[picked] > 0
+
+
+def test_penalties_and_bias_equal_their_definitions():
+    logits = torch.tensor([1.0, -1.0, 2.0, 0.5])
+    repeat = adjust(logits, SamplingParams(repetition_penalty=2.0), [0], [1, 1])
+    assert repeat.tolist() == [0.5, -2.0, 2.0, 0.5]
+    presence = adjust(logits, SamplingParams(presence_penalty=0.5), [0], [1, 1, 3])
+    assert presence.tolist() == [1.0, -1.5, 2.0, 0.0]
+    frequency = adjust(logits, SamplingParams(frequency_penalty=0.5), [0], [1, 1, 3])
+    assert frequency.tolist() == [1.0, -2.0, 2.0, 0.0]
+    bias = adjust(logits, SamplingParams(logit_bias={0: 3.0, 99: 1.0, -1: 1.0}), [], [])
+    assert bias.tolist() == [4.0, -1.0, 2.0, 0.5]
+    assert logits.tolist() == [1.0, -1.0, 2.0, 0.5]
+
+
+def test_only_allowed_tokens_come():
+    logits = torch.tensor([[1.0, -1.0, 2.0, 0.5]])
+    for allowed in ([1, 3], lambda ids: [1, 3] if ids == [7] else None):
+        row = adjust(logits[0], SamplingParams(allowed_tokens=allowed), [], [7])
+        assert row.argmax() == 3 and row[[0, 2]].tolist() == [float("-inf")] * 2
+    free = adjust(logits[0], SamplingParams(allowed_tokens=lambda ids: None), [], [])
+    assert free.tolist() == logits[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+        {"n": 0},
+        {"top_logprobs": -1},
+        {"top_logprobs": 1, "logprobs": False},
+        {"logit_bias": {1: float("nan")}},
+    ],
+)
+def test_impossible_parameters_are_refused_in_words(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        SamplingParams(**bad)
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(384, 1), (64 * 512, 50), (64 * 40, 9), (100, 7)])
+def test_the_best_by_blocks_are_the_best(vocab, count):
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(1))
+    for got, expected in zip(best(logits, count), logits.topk(count), strict=True):
+        assert torch.equal(got, expected)
