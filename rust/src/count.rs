@@ -20,6 +20,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use crate::count_file::{self, Header, Merged, Run, Source};
 use crate::error::{Error, ErrorKind};
@@ -40,6 +41,8 @@ const MIN_MEMORY: usize = 1 << 16;
 const MAX_RUNS: usize = 32;
 /// After this many pieces a thread looks whether its table has outgrown its memory.
 const CHECK_PIECES: usize = 1 << 12;
+/// How often the calling thread asks whether to stop while others count the last parts.
+const BETWEEN_STOPS: Duration = Duration::from_millis(20);
 /// Rare pieces are left out by their counts up to this one.
 const MAX_THRESHOLD: usize = 1 << 16;
 
@@ -129,7 +132,7 @@ impl Counter {
             spill_folder: &self.spill_folder,
             next: AtomicUsize::new(0),
             bytes: AtomicU64::new(0),
-            stopped: AtomicBool::new(false),
+            stopped: AtomicBool::new(stop(0)),
         };
         let (mine, others) = self.tables.split_first_mut().expect("at least one table");
         let num_others = others.len().min(parts.len().saturating_sub(1));
@@ -141,6 +144,13 @@ impl Counter {
                 .map(|table| scope.spawn(move || work.run(table, &mut |_| false)))
                 .collect();
             let first = work.run(mine, stop);
+            // the last parts may be in the hands of others: go on asking for them
+            while others.iter().any(|thread| !thread.is_finished()) {
+                if stop(work.bytes.load(Ordering::Relaxed)) {
+                    work.stopped.store(true, Ordering::Relaxed);
+                }
+                thread::sleep(BETWEEN_STOPS);
+            }
             let rest = others.into_iter().map(|thread| match thread.join() {
                 Ok(result) => result,
                 Err(panic) => std::panic::resume_unwind(panic),

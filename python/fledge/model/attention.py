@@ -39,9 +39,6 @@ def naive_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 class Attention(nn.Module):
     """Multi-head attention of one layer (parameter names of Hugging Face's Qwen3)."""
 
-    window: int | None = None  # how far back a query sees; None: to the beginning
-    scale: float | None = None  # of the scores; None: 1 / sqrt(K)
-
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -67,12 +64,9 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView | None) -> Tensor:
-        """What attention adds to the stream [B, T, D]; keys and values go through the cache."""
+        """What attention adds to the stream [B, T, D]; with a view, cached tokens are seen too."""
         if view is None:
-            y = self.attend(q, k, v).transpose(1, 2)
+            y = attend(q, k, v, None).transpose(1, 2)
         else:
-            y = view.attend(self.layer, q, k, v, window=self.window, scale=self.scale)
+            y = view.attend(self.layer, q, k, v)  # [B, T, H, K]
         return self.o_proj(y.flatten(2))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, None)

@@ -127,16 +127,24 @@ class SpeedrunAttention(Attention):
             v = v + (gate[..., None] * heads).transpose(1, 2)
         return self.mix(q, k, v, view)
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView | None) -> Tensor:
+        if view is None:
+            y = self.attend(q, k, v).transpose(1, 2)
+        else:
+            y = view.attend(self.layer, q, k, v, window=self.window, scale=self.scale)
+        return self.o_proj(y.flatten(2))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = None
-        if self.window is not None and k.shape[2] > self.window:
-            mask = window_mask(q.shape[2], self.window, q.device)
+        """[B, H, T, K] of whole rows: causal, inside the window."""
+        tokens, mask = q.shape[2], None
+        if self.window is not None and tokens > self.window:
+            mask = window_mask(tokens, self.window, q.device)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and q.shape[2] > 1,
+            is_causal=mask is None and tokens > 1,
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
