@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.evals import tries
 from fledge.model import Transformer
-from fledge.model.attention import CacheView
 
 BATCH_NODES = 4096  # padded tokens of one forward pass
 BATCH_ROWS = 1024
@@ -139,31 +139,55 @@ def _check(engine: Engine, requests: Sequence[Request]) -> None:
             )
 
 
-class _Through:
-    """A cache that keeps nothing: attention reads back what it has just written."""
+class TreeView:
+    """Stands where a cache's view would: a row is a trie, and a node sees its ancestors alone.
+
+    positions [B, N]; `seen` [B, N, N] is True where a node (second) sees another (third). Nothing
+    is cached. Attention either hands all of it over (`attend`) or writes to and reads from a cache
+    (`write`, `read`, `mask`), which here is what it has just written.
+    """
+
+    fresh = False
+    rows = None
+
+    def __init__(self, positions: Tensor, seen: Tensor) -> None:
+        self.positions = positions
+        self.length = positions.shape[1]
+        self.cache = self
+        self._seen = seen[:, None]
+
+    def mask(self) -> Tensor:
+        """[B, 1, N, N] which nodes see which."""
+        return self._seen
 
     def write(
         self, layer: int, rows: Tensor | None, positions: Tensor, k: Tensor, v: Tensor
     ) -> None:
-        self.last = k, v
+        self._last = k, v
 
     def read(self, layer: int, rows: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-        return self.last
+        return self._last
 
-
-class TreeView(CacheView):
-    """Tells attention that a row is a trie: positions [B, N] and which nodes see which [B, N, N].
-
-    Stands where a cache would; DESIGN's engine may offer the same as a method of its own.
-    """
-
-    def __init__(self, positions: Tensor, seen: Tensor) -> None:
-        cache = _Through()
-        super().__init__(cache, None, positions, positions.shape[1], fresh=False)  # type: ignore[arg-type]
-        self._seen = seen[:, None]
-
-    def mask(self) -> Tensor:
-        return self._seen
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The attention output [B, N, H, K] of q [B, H, N, K] and k, v [B, H_kv, N, K]."""
+        seen = self._seen
+        if window is not None:
+            apart = self.positions[:, None, :, None] - self.positions[:, None, None, :]
+            seen = seen & (apart < window)
+        grouped = q.shape[1] != k.shape[1]
+        y = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped
+        )
+        return y.transpose(1, 2)
 
 
 @torch.inference_mode()
@@ -176,7 +200,7 @@ def _score(
     ids = np.zeros((len(batch), width), np.int64)
     for i, row in enumerate(batch):
         ids[i, : len(row)] = row.ids
-    view = None
+    view: Any = None
     if not batch[0].is_chain:
         positions = np.zeros_like(ids)
         for i, row in enumerate(batch):
