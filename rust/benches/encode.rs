@@ -45,7 +45,8 @@ fn cut(text: &str) -> Vec<&str> {
 
 fn benches(c: &mut Criterion) {
     let learn_from = ["english_books.txt.gz", "english_speeches.txt.gz"].map(text);
-    let merges = train(&learn_from, MERGES, Pattern::Qwen2, 1).expect("texts can be counted");
+    let learn_from = learn_from.iter().map(String::as_str);
+    let merges = train(learn_from, MERGES, Pattern::Qwen2, 1).expect("texts can be counted");
     let bpe = Bpe::new(merges.clone(), Pattern::Qwen2).expect("merges of training");
     for file in ["english_wikipedia", "code_rust", "chinese"] {
         let text = text(&format!("{file}.txt.gz"));

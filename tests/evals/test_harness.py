@@ -92,7 +92,10 @@ def compare(folder: Path, tasks: list[dict[str, Any]]) -> None:
             assert theirs_sample["doc_hash"] == ours_sample["doc_hash"]
             pairs = list(zip(responses(theirs_sample), responses(ours_sample), strict=True))
             for (logprob, greedy), (our_logprob, our_greedy) in pairs:
-                furthest = max(furthest, abs(logprob - our_logprob))
+                # sums of many float32 numbers, theirs summed in float32 too: 1e-6 of a large one
+                allowed = max(1e-4, 1e-6 * abs(logprob))
+                assert abs(logprob - our_logprob) < allowed, (name, logprob, our_logprob)
+                furthest = max(furthest, abs(logprob - our_logprob) / max(1.0, abs(logprob)))
                 assert greedy is our_greedy, name
             ordered = sorted((logprob for (logprob, _), _ in pairs), reverse=True)
             ties += len(ordered) > 1 and ordered[0] - ordered[1] < 1e-3
@@ -100,8 +103,7 @@ def compare(folder: Path, tasks: list[dict[str, Any]]) -> None:
             if metric in expected["results"][name]:
                 near = got["results"][name][metric]
                 assert near == pytest.approx(expected["results"][name][metric], rel=1e-5), name
-    assert furthest < 1e-4
-    print(f"largest |log-probability difference| {furthest:.2e}, ties {ties}")
+    print(f"{folder}: largest difference, relative above 1: {furthest:.1e}; ties {ties}")
 
 
 def responses(sample: dict[str, Any]) -> list[tuple[float, bool]]:

@@ -101,6 +101,22 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
     assert tries.common_prefix(a, b) == (min(len(a), len(b)) if plain is None else plain)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_tree_attends_to_ancestors_only_also_in_a_window(window: int | None) -> None:
+    (row,) = tries.fold([[1, 2, 3, 4, 5], [1, 2, 3, 9, 8, 7]])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, len(row), 8, generator=generator) for heads in (4, 2, 2))
+    view = scoring.TreeView(torch.tensor([row.depth]), torch.from_numpy(row.mask(len(row)))[None])
+    got = view.attend(0, q, k, v, window=window, scale=0.5)[0]  # [N, H, K]
+    for path in row.paths:
+        for depth, node in enumerate(path):
+            past = path[max(0, depth + 1 - window) if window else 0 : depth + 1]
+            for head in range(4):
+                scores = 0.5 * k[0, head // 2, past] @ q[0, head, node]
+                plain = scores.softmax(-1) @ v[0, head // 2, past]
+                torch.testing.assert_close(got[node, head], plain, atol=1e-6, rtol=1e-5)
+
+
 def test_choices_are_read_once() -> None:
     question = list(range(1, 41))
     requests = [Request([*question, 50 + i, 60], 40) for i in range(4)]
