@@ -106,7 +106,7 @@ def test_a_tree_attends_to_ancestors_only_also_in_a_window(window: int | None) -
     (row,) = tries.fold([[1, 2, 3, 4, 5], [1, 2, 3, 9, 8, 7]])
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, len(row), 8, generator=generator) for heads in (4, 2, 2))
-    view = scoring.TreeView(torch.tensor([row.depth]), torch.from_numpy(row.mask(len(row)))[None])
+    view = scoring.TreeView([row], len(row), torch.device("cpu"))
     got = view.attend(0, q, k, v, window=window, scale=0.5)[0]  # [N, H, K]
     for path in row.paths:
         for depth, node in enumerate(path):
@@ -115,6 +115,15 @@ def test_a_tree_attends_to_ancestors_only_also_in_a_window(window: int | None) -
                 scores = 0.5 * k[0, head // 2, past] @ q[0, head, node]
                 plain = scores.softmax(-1) @ v[0, head // 2, past]
                 torch.testing.assert_close(got[node, head], plain, atol=1e-6, rtol=1e-5)
+
+
+def test_the_token_before_a_node_is_its_parent() -> None:
+    (row,) = tries.fold([[1, 2, 3, 4, 5], [1, 2, 3, 9, 8, 7]])
+    view = scoring.TreeView([row], len(row) + 2, torch.device("cpu"))  # two of padding
+    ids = torch.tensor([[*row.ids, 0, 0]])
+    previous = view.previous_ids(ids)[0]
+    for path in row.paths:
+        assert [int(previous[node]) for node in path] == [0, *(row.ids[n] for n in path[:-1])]
 
 
 def test_choices_are_read_once() -> None:
