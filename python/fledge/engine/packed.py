@@ -112,7 +112,7 @@ class PackedRunner(Runner):
                     gain.contiguous(),
                 )
             )
-        self._embedding = model.get_parameter("embed_tokens.weight").detach()
+        self._embedding = self.model.get_parameter("model.embed_tokens.weight").detach()
         self._norm = model.norm.weight.detach()
         self._head = pack(self.model.lm_head.weight, self.weights)
 
