@@ -174,15 +174,17 @@ def test_errors_are_told_and_can_be_tried_again(page, served):
         for _ in range(2)
     ]
     try:
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: served.pool.running == 1 and served.pool.waiting == 1)
+        threads[0].start()
+        wait_until(lambda: served.pool.running == 1)  # else the second finds the queue full
+        threads[1].start()
+        wait_until(lambda: served.pool.waiting == 1)
         say(page, "say now")
         assert "queue of this model is full" in page.locator(".fault").last.inner_text()
     finally:
         served.gate.set()
         for thread in threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
     page.get_by_role("button", name="Try again").click()
     page.wait_for_selector("#send:not([hidden])")
     assert last(page) == "now"

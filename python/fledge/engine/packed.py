@@ -24,7 +24,7 @@ from fledge.engine.runner import DECODE_BUCKET, Runner
 from fledge.model import Transformer
 from fledge.model.attention import attend
 from fledge.model.kv_cache import Piece
-from fledge.model.transformer import Block
+from fledge.model.transformer import Block, Decoder
 
 
 class Plan(Protocol):
@@ -84,6 +84,7 @@ class PackedRunner(Runner):
     def weights_changed(self) -> None:
         """Packs the module's weights as they are now."""
         model, c = self.model.model, self.config
+        assert isinstance(model, Decoder)
         order = torch.arange(c.head_dim).view(2, -1).T.flatten()  # 0, K/2, 1, K/2 + 1, ...
         self._layers = []
         for block in model.layers:
@@ -112,7 +113,7 @@ class PackedRunner(Runner):
                     gain.contiguous(),
                 )
             )
-        self._embedding = self.model.get_parameter("model.embed_tokens.weight").detach()
+        self._embedding = self.model.embed_tokens.weight.detach()
         self._norm = model.norm.weight.detach()
         self._head = pack(self.model.lm_head.weight, self.weights)
 
