@@ -113,7 +113,7 @@ class PackedRunner(Runner):
                     gain.contiguous(),
                 )
             )
-        self._embedding = self.model.embed_tokens.weight.detach()
+        self._embedding = model.embed_tokens.weight.detach()
         self._norm = model.norm.weight.detach()
         self._head = pack(self.model.lm_head.weight, self.weights)
 

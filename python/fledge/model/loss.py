@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.products import multiply
+
 CHUNK_LOGITS = 2**23
 """Logits in one buffer (32 MiB in fp32): 256 rows of 32,768 words, 2,048 rows of 4,096."""
 SURE = 1e-30
@@ -91,9 +93,9 @@ def head_pass(
             continue
         weight = (weight * factor).to(part.dtype)
         if grad_x is not None:
-            torch.mm(slopes, head, out=grad_x[rows]).mul_(weight)
+            torch.mul(multiply(slopes, head.T), weight, out=grad_x[rows])
         if grad_head is not None:
-            grad_head.addmm_(slopes.T, part * weight)
+            grad_head += multiply(slopes.T, (part * weight).T)
     return total
 
 
@@ -116,13 +118,11 @@ def _slopes(
     shape = (len(x), head.shape[0])
     logits = workspace.take("logits", shape, x)
     if cap is None:
-        torch.mm(x, head.T, out=logits)
-        probabilities = _wide(logits)
+        probabilities = _wide(multiply(x, head, out=logits))
         before = probabilities.gather(1, target)
         torch.softmax(probabilities, dim=-1, out=probabilities)
     else:
-        torch.mm(x * (2.0 / cap), head.T, out=logits)
-        sigmoids = _wide(logits).sigmoid_()
+        sigmoids = _wide(multiply(x * (2.0 / cap), head, out=logits)).sigmoid_()
         probabilities = workspace.take("probabilities", shape, sigmoids)
         torch.mul(sigmoids, 2.0 * cap, out=probabilities)
         before = probabilities.gather(1, target)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fledge.optim.adamw import Optimizer
+from fledge.products import multiply_each
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932), degree-5 odd polynomials, five steps: each
 # row a, b, c maps every singular value s to a s + b s^3 + c s^5 and drives it towards 1.
@@ -35,8 +36,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        gram = multiply_each(x, x)
+        # gram is its own transpose
+        x = a * x + multiply_each(b * gram + c * multiply_each(gram, gram), x.mT)
     return x.mT if tall else x
 
 

@@ -1,0 +1,89 @@
+"""Float32 matrix products of training, through oneDNN where MKL is slow.
+
+torch multiplies float32 matrices on x86 through MKL, which leaves the AVX-512 of AMD's processors
+unused; oneDNN, which torch brings as well, does not (docs/log.md: 1.5 to 2.3 times as fast on a
+Zen 5). The choice depends on the processor alone, so that two processes on one machine make the
+same bits. Used by `model` (the linear layers and the loss) and by Muon; knows neither.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether this is an AMD processor with AVX-512 and a torch with oneDNN's linear layer."""
+    if (
+        torch.backends.cpu.get_cpu_capability() != "AVX512"
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return False
+    try:
+        vendor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    has_layer = torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
+    return has_layer and "AuthenticAMD" in vendor
+
+
+def _fits(a: Tensor) -> bool:
+    return a.device.type == "cpu" and a.dtype == torch.float32 and prefers_onednn()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of float32 matrices [M, K] and [N, K] in any order of memory, through oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def multiply(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """a b^T of matrices [M, K] and [N, K]; `out` is memory that may, and need not, be used."""
+    if _fits(a):
+        return product(a, b)
+    return torch.mm(a, b.T, out=out)
+
+
+def multiply_each(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of stacks of matrices [..., M, K] and [..., N, K]."""
+    if not _fits(a):
+        return a @ b.mT
+    if a.dim() == 2:
+        return product(a, b)
+    flat = [product(x, y) for x, y in zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)]
+    return torch.stack(flat).view(*a.shape[:-1], b.shape[-2])
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, x [..., in] and W [out, in], differentiable.
+
+    Without gradients it is torch's own product: exams, chats and exports share one path.
+    """
+    if torch.is_grad_enabled() and _fits(x):
+        return _Product.apply(x, weight)  # type: ignore[return-value]
+    return torch.nn.functional.linear(x, weight)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T and its gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return product(x.flatten(0, -2), weight).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rows = upstream.flatten(0, -2)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(rows, weight.T).view_as(x)
+        if ctx.needs_input_grad[1]:
+            grad_weight = product(rows.T, x.flatten(0, -2).T)
+        return grad_x, grad_weight
