@@ -5,8 +5,9 @@
 
 The network is nanochat's CPU shape (arch speedrun, all extras, no windows, vocabulary 32,768,
 T = 512, 16,384 tokens a step), trained by `fledge.train.loop` on made-up tokens. After every step a
-float32 matrix product of 2048^3 is timed, the best of a few; a step's ratio is its FLOP/s over that
-product's, so that a machine that slows down slows both. On a machine that others use,
+float32 matrix product of 2048^3 is timed, the best of a few, by torch and by the library that
+training uses here (`fledge.products`); a step's ratio is its FLOP/s over that product's, so that a
+machine that slows down slows both. On a machine that others use,
 `--cpu-clock --threads 1` compares processor time with processor time. FLOPs a token = 6 N +
 12 n T L, with N the matrices and the head (nanochat's count, attention not halved). Nothing about
 malloc is set outside: fledge's own `keep_freed_memory` runs, as in every fledge run.
@@ -32,6 +33,7 @@ from fledge.model import ModelConfig, Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
 from fledge.plan import scaling
+from fledge.products import multiply
 from fledge.stages.pipeline import keep_freed_memory
 from fledge.train.loop import Job, train
 
@@ -64,7 +66,8 @@ class Timing:
         self.since = clock()
         self.ratios: list[float] = []
         self.rows: list[dict] = []
-        self.peaks: list[float] = []
+        self.peaks: dict[str, list[float]] = {"torch": [], "own": []}
+        self.own_ratios: list[float] = []
         self.first = 0.0
         self.a, self.b = torch.randn(2, GEMM, GEMM)
         self.c = torch.empty(GEMM, GEMM)
@@ -75,22 +78,29 @@ class Timing:
     def log(self, row: dict) -> None:
         self.first = self.first or since_start()
         step_seconds = row["step_seconds"] = self.clock() - self.since
-        seconds = []
-        for _ in range(4):
-            began = self.clock()
-            torch.mm(self.a, self.b, out=self.c)
-            seconds.append(self.clock() - began)
-        peak = 2 * GEMM**3 / min(seconds)
-        self.peaks.append(peak)
+        peak = self._product("torch", lambda: torch.mm(self.a, self.b, out=self.c))
+        own = self._product("own", lambda: multiply(self.a, self.b, out=lambda: self.c))
         self.rows.append(row)
         self.ratios.append(row["tokens"] * self.flops / step_seconds / peak)
+        self.own_ratios.append(row["tokens"] * self.flops / step_seconds / own)
         rate, ratio = row["tokens"] / step_seconds, self.ratios[-1]
         print(
             f"step {row['step']}: {step_seconds:.2f} s, {rate:,.0f} tokens/s, "
-            f"product {peak / 1e9:.0f} GFLOP/s, ratio {ratio:.3f}",
+            f"product {peak / 1e9:.0f} GFLOP/s, ratio {ratio:.3f}; "
+            f"own product {own / 1e9:.0f} GFLOP/s, ratio {self.own_ratios[-1]:.3f}",
             flush=True,
         )
         self.since = self.clock()
+
+    def _product(self, name: str, call: Callable[[], object]) -> float:
+        """FLOP/s of a product, the best of four calls."""
+        seconds = []
+        for _ in range(4):
+            began = self.clock()
+            call()
+            seconds.append(self.clock() - began)
+        self.peaks[name].append(2 * GEMM**3 / min(seconds))
+        return self.peaks[name][-1]
 
     def save(self, step: int) -> None:
         pass
@@ -162,7 +172,9 @@ def main() -> None:
         "high": round(ratios[-1], 3),
         "seconds_per_step": round(seconds, 2),
         "tokens_per_second": round(STEP_TOKENS / seconds),
-        "product_gflops": round(statistics.median(timing.peaks) / 1e9, 1),
+        "product_gflops": round(statistics.median(timing.peaks["torch"]) / 1e9, 1),
+        "own_ratio": round(statistics.median(timing.own_ratios[1:]), 3),
+        "own_product_gflops": round(statistics.median(timing.peaks["own"]) / 1e9, 1),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "first_step_seconds_after_start": round(timing.first, 1),
         "minor_faults_per_step": resource.getrusage(resource.RUSAGE_SELF).ru_minflt // wanted.steps,

@@ -26,6 +26,8 @@ def test_products(library: bool) -> None:
     torch.testing.assert_close(products.multiply(a, b), a @ b.T)
     turned = b.T.contiguous().T  # another order of memory
     torch.testing.assert_close(products.multiply(a, turned), a @ b.T)
+    kept = torch.empty(17, 40)
+    assert (products.multiply(a, b, out=lambda: kept) is kept) is not library
     stack, other = matrices((2, 3, 5, 8), (2, 3, 7, 8))
     torch.testing.assert_close(products.multiply_each(stack, other), stack @ other.mT)
 

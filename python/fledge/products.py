@@ -9,6 +9,7 @@ same bits. Used by `model` (the linear layers and the loss) and by Muon; knows n
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,11 +43,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
-def multiply(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """a b^T of matrices [M, K] and [N, K]; `out` is memory that may, and need not, be used."""
+def multiply(a: Tensor, b: Tensor, *, out: Callable[[], Tensor] | None = None) -> Tensor:
+    """a b^T of matrices [M, K] and [N, K]; `out` gives memory for it, and is asked if it helps."""
     if _fits(a):
         return product(a, b)
-    return torch.mm(a, b.T, out=out)
+    return torch.mm(a, b.T, out=None if out is None else out())
 
 
 def multiply_each(a: Tensor, b: Tensor) -> Tensor:

@@ -84,3 +84,17 @@ def test_the_training_pass_adds_the_gradients_of_autograd(kind):
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None, name
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 127, 128, 300, 512])
+def test_rows_that_are_computed_come_in_few_sizes(trained):
+    weights = torch.zeros(512)
+    weights[torch.randperm(512, generator=torch.Generator().manual_seed(0))[:trained]] = 0.5
+    kept = loss.kept_rows(weights)
+    assert len(kept) % loss.KEPT_STEP == 0 and len(kept) < trained + loss.KEPT_STEP
+    assert set(weights.nonzero()[:, 0].tolist()) <= set(kept.tolist())
+    assert kept.tolist() == sorted(set(kept.tolist()))
+
+
+def test_few_rows_are_computed_all():
+    assert loss.kept_rows(torch.tensor([0.0, 1.0, 0.0])).tolist() == [0, 1, 2]

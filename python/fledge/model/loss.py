@@ -19,6 +19,7 @@ from fledge.products import multiply
 
 CHUNK_LOGITS = 2**23
 """Logits in one buffer (32 MiB in fp32): 256 rows of 32,768 words, 2,048 rows of 4,096."""
+KEPT_STEP = 128  # rows: their number is a multiple of it where there are enough
 SURE = 1e-30
 """Below this a probability may have lost bits or vanished; its logarithm is made from logits."""
 
@@ -116,13 +117,16 @@ def _slopes(
     4 s (1 - s).
     """
     shape = (len(x), head.shape[0])
-    logits = workspace.take("logits", shape, x)
+
+    def buffer() -> Tensor:
+        return workspace.take("logits", shape, x)
+
     if cap is None:
-        probabilities = _wide(multiply(x, head, out=logits))
+        probabilities = _wide(multiply(x, head, out=buffer))
         before = probabilities.gather(1, target)
         torch.softmax(probabilities, dim=-1, out=probabilities)
     else:
-        sigmoids = _wide(multiply(x * (2.0 / cap), head, out=logits)).sigmoid_()
+        sigmoids = _wide(multiply(x * (2.0 / cap), head, out=buffer)).sigmoid_()
         probabilities = workspace.take("probabilities", shape, sigmoids)
         torch.mul(sigmoids, 2.0 * cap, out=probabilities)
         before = probabilities.gather(1, target)
@@ -151,13 +155,26 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def kept_rows(weights: Tensor) -> Tensor:
+    """Which rows are computed: those with a weight, and as many others as fill up KEPT_STEP.
+
+    Rows of weight 0, most of a batch of chats, cost nothing. A few of them are computed all the
+    same, so that the products come in few sizes: for every new one oneDNN makes and keeps code, and
+    the allocator's memory falls to pieces (a quickstart grew from 1.4 to 3.8 GB).
+    """
+    trained = weights != 0
+    missing = -int(trained.sum()) % KEPT_STEP
+    others = (~trained).nonzero()[:missing, 0]
+    return torch.cat((trained.nonzero()[:, 0], others)).sort().values
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """`head_pass` for autograd: the gradients are made in the forward pass and scaled later."""
 
     @staticmethod
     def forward(ctx, x, head, targets, weights, cap, workspace) -> Tensor:  # type: ignore[override]
         need_x, need_head = ctx.needs_input_grad[:2]
-        kept = weights.nonzero()[:, 0]  # rows of weight 0, most of a batch of chats, cost nothing
+        kept = kept_rows(weights)
         every = len(kept) == len(x)
         rows = x if every else x[kept]
         grad_rows = torch.empty_like(rows) if need_x else None
@@ -211,7 +228,7 @@ def add_loss_gradients(
 ) -> Tensor:
     """The same sum (float64), its gradient added to `head.grad`, which must exist, and sent back
     through x: what a training step needs, without a second copy of the head's gradient."""
-    states, kept = x.detach(), weights.nonzero()[:, 0]
+    states, kept = x.detach(), kept_rows(weights)
     every = len(kept) == len(states)
     rows = states if every else states[kept]
     grad_rows = workspace.take("grad_x", tuple(rows.shape), rows)
