@@ -274,7 +274,10 @@ def test_slow_headers_and_bodies_are_dropped(toy):
         # a connection that was used already is no different
         with connect(server.url) as sock:
             sock.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+            answer = sock.recv(65536)
+            while not answer.endswith(b"}"):  # head and body may come apart
+                answer += sock.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
             sock.sendall(b"GET /livez HT")
             assert read_all(sock) == b""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 import time
 
@@ -105,6 +106,8 @@ def test_ctrl_c_gets_through(phase):
     text = "".join(chr(0x4E00 + i * i % 20_000) for i in range(4_000_000))
     asked = threading.Event()
     times = []
+    # a shell's background job is started with SIGINT ignored, and then there is no handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def progress(now, done, total):
         if now == phase and not asked.is_set():
@@ -113,10 +116,13 @@ def test_ctrl_c_gets_through(phase):
             _thread.interrupt_main()
 
     counter = bpe.Counter("qwen2", threads=1)
-    with pytest.raises(KeyboardInterrupt):
-        counter.add([text] * 20, progress=progress)
-        counter = bpe.Counter("qwen2", threads=1)
-        counter.add([text])
-        counter.learn(50_000, progress=progress)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            counter.add([text] * 20, progress=progress)
+            counter = bpe.Counter("qwen2", threads=1)
+            counter.add([text])
+            counter.learn(50_000, progress=progress)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert asked.is_set()
     assert time.monotonic() - times[0] < 5  # 0.2 s on a machine that has nothing else to do
