@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 import time
 import warnings
 
@@ -141,3 +143,36 @@ def test_no_text_does_anything_but_answer_or_refuse(text: str) -> None:
         warnings.simplefilter("error")
         with contextlib.suppress(ToolError):
             assert isinstance(evaluate(text), str)
+
+
+def test_threads_may_calculate_at_the_same_time():
+    # CPython 3.11 fails here without a lock: the collector lets another thread in while it builds
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            time.sleep(0)  # gives the interpreter away
+
+    failed: list[BaseException] = []
+
+    def work(depth: int) -> None:
+        try:
+            for number in range(300):
+                Cycle()
+                with contextlib.suppress(ToolError):
+                    evaluate("(" * depth + f"{number}+1" + ")*2" * depth)
+        except BaseException as error:
+            failed.append(error)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        threads = [threading.Thread(target=work, args=(3 + 3 * n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*threshold)
+    assert not failed

@@ -14,6 +14,7 @@ import ast
 import math
 import operator
 import re
+import threading
 from collections.abc import Callable
 
 from fledge.sandbox.result import ToolError
@@ -32,6 +33,11 @@ Value = int | float | str | bool
 class NotArithmetic(ToolError):
     """The expression may be fine Python, but it is outside the calculator's little language."""
 
+
+# CPython 3.11 counts the depth of a tree that it builds once for all threads, so that two threads
+# that parse at the same time can end in a SystemError (python/cpython#106905). The engine's tools
+# run in several.
+_PARSING = threading.Lock()
 
 # A digit run into a name (`1or 2`, `0x1for`) makes CPython's tokenizer *warn*; such text is not
 # arithmetic anyway. 1e5 and 1_000 pass.
@@ -56,7 +62,8 @@ def parse(expression: str) -> ast.expr:
     if "\\" in source or "#" in source or _DIGIT_THEN_NAME.search(_STRING.sub('""', source)):
         raise NotArithmetic("SyntaxError: not an arithmetic expression")
     try:
-        tree = ast.parse(source, mode="eval").body
+        with _PARSING:
+            tree = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise NotArithmetic("SyntaxError: not an arithmetic expression") from None
     return tree
