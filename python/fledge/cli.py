@@ -154,7 +154,8 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """The one JSON object of --json."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
@@ -207,7 +208,7 @@ def verb_plan(words: list[str]) -> int:
     where = hardware.parse(args.hardware) if args.hardware else hardware.detect()
     plan = planner.resolve(recipe, where)
     if args.json:
-        _print_json({"name": name, **plan.to_dict()})
+        print_json({"name": name, **plan.to_dict()})
     else:
         print(show.plan_text(name, plan), end="")
     return EXIT_DONE
@@ -343,7 +344,7 @@ def verb_doctor(words: list[str]) -> int:
 
     findings = doctor.examine()
     if args.json:
-        _print_json(findings)
+        print_json(findings)
     else:
         print(doctor.findings_text(findings), end="")
     return EXIT_DONE
@@ -369,7 +370,7 @@ def verb_chat(words: list[str]) -> int:
         "--sample-conversation", action="store_true", help="ask five fitting questions and leave"
     )
     args = parser.parse_args(words)
-    _require_folder(args.model)
+    require_folder(args.model)
     from fledge import chat
 
     settings = chat.Settings(
@@ -396,7 +397,7 @@ def verb_bench(words: list[str]) -> int:
     args = parser.parse_args(words)
     measured = bench.measure(args.what)
     if args.json:
-        _print_json(measured)
+        print_json(measured)
     else:
         print(bench.results_text(args.what, measured), end="")
     return EXIT_DONE
@@ -473,7 +474,8 @@ def positive(text: str) -> int:
     return number
 
 
-def _require_folder(path: Path) -> None:
+def require_folder(path: Path) -> None:
+    """UserError unless `path` can hold a model."""
     if not path.is_dir():
         raise UserError(
             f"there is no folder {path}",

@@ -7,20 +7,19 @@ standard output, one JSON object with --json, progress on standard error.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fledge.cli import VERBS, Parser, positive
+from fledge.cli import VERBS, Parser, positive, print_json, require_folder
 from fledge.errors import EXIT_DONE, UserError
 
 
 def evaluate(words: list[str]) -> int:
     """`fledge eval ...`."""
     args = _parser().parse_args(words)
-    _require_folder(args.model)
+    require_folder(args.model)
     if args.bpb is not None:
         return _bits_per_byte(args)
     from fledge.evals.examine import Sampling
@@ -56,7 +55,7 @@ def evaluate(words: list[str]) -> int:
     if args.compare is None:
         _print(args, first.table)
         return EXIT_DONE
-    _require_folder(args.compare)
+    require_folder(args.compare)
     second = examine(args.compare, args.out / "compared" if args.out else None)
     from fledge.evals.compare import compare
     from fledge.stages.evaluate import chances
@@ -68,7 +67,7 @@ def evaluate(words: list[str]) -> int:
     )
     table = {"a": str(args.model), "b": str(args.compare), "tasks": rows}
     if args.json:
-        _print_json(first.table | {"compared": second.table, "comparison": table})
+        print_json(first.table | {"compared": second.table, "comparison": table})
     else:
         from fledge.report import comparison_text
 
@@ -111,22 +110,9 @@ def _parser() -> Parser:
     return parser
 
 
-def _require_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise UserError(
-            f"there is no folder {path}",
-            "a model is a run directory or a checkpoint folder",
-            "train one with `fledge run quickstart`, or mind the spelling",
-        )
-
-
-def _print_json(table: Mapping[str, Any]) -> None:
-    print(json.dumps(table, indent=2, ensure_ascii=False))
-
-
 def _print(args: argparse.Namespace, table: Mapping[str, Any]) -> None:
     if args.json:
-        _print_json(table)
+        print_json(table)
         return
     from fledge.report import scores_text
 

@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's linear layer."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @functools.cache
 def prefers_onednn() -> bool:
     """Whether this is an AMD processor with AVX-512 and a torch with oneDNN's linear layer."""
@@ -28,10 +33,7 @@ def prefers_onednn() -> bool:
         vendor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    has_layer = torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    )
-    return has_layer and "AuthenticAMD" in vendor
+    return has_onednn() and "AuthenticAMD" in vendor
 
 
 def _fits(a: Tensor) -> bool:

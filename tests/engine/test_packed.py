@@ -6,12 +6,13 @@ from tests.helpers_model import tiny_model, tiny_tokenizer
 
 from fledge.engine import Engine, SamplingParams, linears
 from fledge.engine.attention_plan import DecodePlan, _attend_by_products
-from fledge.engine.linears import Int8Linear, PlainLinear, has_onednn, pack, pack_swiglu
+from fledge.engine.linears import Int8Linear, PlainLinear, pack, pack_swiglu
 from fledge.engine.packed import PackedRunner
 from fledge.engine.runner import Runner
 from fledge.errors import UserError
 from fledge.model.attention import naive_attend
 from fledge.model.kv_cache import Piece, Segment
+from fledge.products import has_onednn
 
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model(TOKENIZER.vocab_size)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.errors import UserError
+from fledge.products import has_onednn
 
 HUGE_PAGE = 2**21  # bytes
 FUSE_FROM = 2**19  # numbers in one of the two matrices
@@ -58,10 +59,6 @@ def pack_swiglu(gate: Tensor, up: Tensor, down: Tensor, weights: str) -> SwiGLU:
         gated = OneDnnGated(gate.detach(), up.detach())
         return SwiGLU(gated, pack(F.pad(down.detach(), (0, _padding(len(gate)))), weights))
     return SwiGLU(PlainGated(pack(torch.cat((gate, up)), weights)), pack(down, weights))
-
-
-def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class SwiGLU:
