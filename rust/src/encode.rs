@@ -25,7 +25,9 @@ use crate::error::{Error, ErrorKind};
 #[cfg(target_arch = "x86_64")]
 use crate::masks::{has_avx2, Avx2};
 use crate::masks::{Level, Plain};
-use crate::merge::{Merges, MAX_TOKENS, SHORT};
+use crate::merge::{Merges, MAX_TOKENS};
+use crate::merge_short::SHORT;
+use crate::pages::ask_for_large_pages;
 use crate::split::{split, Pattern, Pieces};
 use crate::unicode::Table;
 use crate::words::{Cache, Key, Words, CACHED_BYTES, INLINE, KEY_BYTES, WIDE};
@@ -284,6 +286,7 @@ impl Bpe {
     /// The ids of `text`.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 4 + BATCH);
+        ask_for_large_pages(&mut ids);
         self.with_state(|state| self.encode_into(text, state, &mut ids));
         ids
     }
@@ -296,6 +299,7 @@ impl Bpe {
     pub fn encode_u16(&self, text: &str) -> Vec<u16> {
         assert!(self.num_tokens() <= 1 << 16, "ids do not fit 16 bits");
         let mut ids = Vec::with_capacity(text.len() / 4 + BATCH);
+        ask_for_large_pages(&mut ids);
         self.with_state(|state| self.encode_into(text, state, &mut ids));
         ids
     }
@@ -354,6 +358,7 @@ impl Bpe {
         let encode_all = |texts: &[S]| -> (Vec<I>, Vec<usize>) {
             let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
             let mut ids = Vec::with_capacity(bytes / 4 + BATCH);
+            ask_for_large_pages(&mut ids);
             let mut offsets = Vec::with_capacity(texts.len() + 1);
             offsets.push(0);
             self.with_state(|state| {
@@ -396,6 +401,7 @@ impl Bpe {
         done.sort_unstable_by_key(|&(index, _)| index);
         let total = done.iter().map(|(_, (ids, _))| ids.len()).sum();
         let (mut ids, mut offsets) = (Vec::with_capacity(total), vec![0]);
+        ask_for_large_pages(&mut ids);
         for (_, (portion, ends)) in done {
             let before = ids.len();
             ids.extend_from_slice(&portion);

@@ -48,6 +48,9 @@ mod encode;
 mod error;
 mod masks;
 mod merge;
+mod merge_short;
+mod pages;
+mod pairs;
 #[cfg(feature = "python")]
 mod py;
 #[cfg(feature = "python")]

@@ -3,8 +3,8 @@
 //! [`Merges`] holds the pairs that join and what they become. Three ways lead
 //! to the same ids:
 //!
-//! * [`Merges::short`] scans for the lowest rank after every merge; quick for a
-//!   few dozen bytes;
+//! * [`Merges::short`] (in `merge_short`) scans for the lowest rank after every
+//!   merge; quick for a few dozen bytes;
 //! * [`Merges::heap`] keeps candidates in a heap: `O(n log n)` for any length;
 //! * [`Merges::windows`] encodes a long piece through short windows that
 //!   overlap. A sequence of tokens is what BPE gives exactly if every two
@@ -24,36 +24,20 @@ use std::collections::BinaryHeap;
 
 use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
+use crate::merge_short::SHORT;
+use crate::pairs::{Pairs, Refused, NONE, NOTHING};
 
-/// Ids are packed into 21 bits, and the last of them means nothing.
-pub(crate) const MAX_TOKENS: usize = (1 << 21) - 1;
-/// No token: the rank of a pair that does not join, and a token that is gone.
-const NONE: u32 = u32::MAX;
-/// Pieces up to this many bytes are merged by scanning, longer ones by a heap.
-pub(crate) const SHORT: usize = 64;
+/// Ids below that of no token.
+pub(crate) const MAX_TOKENS: usize = NOTHING as usize;
 /// The window with which a long piece begins.
 const WINDOW: usize = 48;
-
-/// A token that joins with nothing.
-const NOTHING: u32 = ID_MASK as u32;
-/// Places 0 to 65 of a short piece.
-const PLACE_BITS: u32 = 7;
-
-const EMPTY: u64 = u64::MAX;
-const ID_BITS: u32 = 21;
-const ID_MASK: u64 = (1 << ID_BITS) - 1;
 
 /// Which pairs join, and into which id. A lower id joins earlier.
 pub(crate) struct Merges {
     byte_ids: [u32; 256],
     /// What two single bytes become: most lookups are of such pairs.
     byte_pairs: Vec<u32>,
-    /// Open addressing: left, right and id in one word, at most half full.
-    pairs: Vec<u64>,
-    shift: u32,
-    /// A bit for every pair, by its hash: most lookups end here, in memory
-    /// that fits the first cache.
-    filter: Vec<u64>,
+    pairs: Pairs,
     /// Bit `b` of `neighbours[a]`: some token holds byte `a` right before `b`.
     neighbours: Vec<[u64; 4]>,
     /// Ranks rise while a token is built, so that windows are exact.
@@ -71,37 +55,23 @@ impl Merges {
         tokens: &Tokens,
         ordered: bool,
     ) -> Result<Merges, Error> {
-        let slots = (pairs.len() * 2).next_power_of_two().max(64);
+        let table = Pairs::new(pairs).map_err(|refused| {
+            let message = match refused {
+                Refused::Twice(i) => {
+                    let (left, right, _) = pairs[i];
+                    format!("merge {i} {:?} occurs twice", (left, right))
+                }
+                Refused::NoHash => "no hash tells the pairs apart".to_owned(),
+            };
+            Error::new(ErrorKind::InvalidMerges, message)
+        })?;
         let mut merges = Merges {
             byte_ids,
             byte_pairs: vec![NONE; 1 << 16],
-            pairs: vec![EMPTY; slots],
-            shift: 64 - slots.trailing_zeros(),
-            filter: vec![0; (slots / 16).max(1)],
+            pairs: table,
             neighbours: vec![[0; 4]; 256],
             ordered,
         };
-        for (i, &(left, right, id)) in pairs.iter().enumerate() {
-            let key = u64::from(left) << ID_BITS | u64::from(right);
-            if merges.rank(left, right) != NONE {
-                let message = format!("merge {i} {:?} occurs twice", (left, right));
-                return Err(Error::new(ErrorKind::InvalidMerges, message));
-            }
-            let hash = Merges::hash(key);
-            let (word, bit) = merges.filter_bit(hash);
-            merges.filter[word] |= 1 << bit;
-            let mut slot = (hash >> merges.shift) as usize;
-            while merges.pairs[slot] != EMPTY {
-                // The neighbour first, then the next two.
-                let other = slot ^ 1;
-                slot = if merges.pairs[other] == EMPTY {
-                    other
-                } else {
-                    (slot + 2) & (slots - 1)
-                };
-            }
-            merges.pairs[slot] = key << ID_BITS | u64::from(id);
-        }
         for a in 0..=255u8 {
             for b in 0..=255u8 {
                 let (left, right) = (byte_ids[usize::from(a)], byte_ids[usize::from(b)]);
@@ -127,44 +97,16 @@ impl Merges {
         self.byte_ids[usize::from(byte)]
     }
 
+    /// The id that two single bytes become, or NONE.
     #[inline(always)]
-    fn hash(key: u64) -> u64 {
-        key.wrapping_mul(0x9E37_79B9_7F4A_7C15)
-    }
-
-    /// The word of the filter and the bit in it.
-    #[inline(always)]
-    fn filter_bit(&self, hash: u64) -> (usize, u32) {
-        let word = (hash >> 20) as usize & (self.filter.len() - 1);
-        (word, (hash >> 14) as u32 & 63)
+    pub(crate) fn rank_of_bytes(&self, left: u8, right: u8) -> u32 {
+        self.byte_pairs[byte_pair(left, right)]
     }
 
     /// The id that two neighbours become, or NONE.
     #[inline(always)]
-    fn rank(&self, left: u32, right: u32) -> u32 {
-        let key = u64::from(left) << ID_BITS | u64::from(right);
-        let hash = Merges::hash(key);
-        let (word, bit) = self.filter_bit(hash);
-        if self.filter[word] >> bit & 1 == 0 {
-            return NONE;
-        }
-        let mut slot = (hash >> self.shift) as usize;
-        loop {
-            // Two slots at a time, without a branch between them.
-            let first = self.pairs[slot];
-            let second = self.pairs[slot ^ 1];
-            let mut found = NONE;
-            if first >> ID_BITS == key {
-                found = (first & ID_MASK) as u32;
-            }
-            if second >> ID_BITS == key {
-                found = (second & ID_MASK) as u32;
-            }
-            if found != NONE || first == EMPTY || second == EMPTY {
-                return found;
-            }
-            slot = (slot + 2) & (self.pairs.len() - 1);
-        }
+    pub(crate) fn rank(&self, left: u32, right: u32) -> u32 {
+        self.pairs.get(left, right)
     }
 
     /// The length of the first part of `piece`: no merge joins it to the rest.
@@ -188,72 +130,6 @@ impl Merges {
         }
     }
 
-    /// Appends the ids of at most [`SHORT`] bytes.
-    pub(crate) fn short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        if piece.len() <= 16 {
-            self.scan::<16, 18>(piece, out);
-        } else {
-            self.scan::<SHORT, { SHORT + 2 }>(piece, out);
-        }
-    }
-
-    /// Merges in a linked list of places: byte `i` is at place `i + 1`, and the
-    /// places before and behind hold a token that joins with nothing.
-    ///
-    /// Written without branches that depend on the text, where it can be.
-    #[inline(always)]
-    fn scan<const N: usize, const PLACES: usize>(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let last = piece.len();
-        assert!(last <= N && PLACES == N + 2);
-        let mut tokens = [NOTHING; PLACES];
-        let mut next = [0u8; PLACES];
-        let mut previous = [0u8; PLACES];
-        // A rank and the place of its left token: the smallest is the next to
-        // be joined, the leftmost among equals.
-        let mut candidates = [NONE; N];
-        let mut before = None;
-        for (i, &byte) in piece.iter().enumerate() {
-            tokens[i + 1] = self.byte_id(byte);
-            next[i + 1] = i as u8 + 2;
-            previous[i + 1] = i as u8;
-            if let Some(before) = before {
-                let rank = self.byte_pairs[byte_pair(before, byte)];
-                candidates[i - 1] = candidate(rank, i as u32);
-            }
-            before = Some(byte);
-        }
-        loop {
-            let mut best = NONE;
-            for &candidate in &candidates[..last] {
-                best = best.min(candidate);
-            }
-            if best == NONE {
-                break;
-            }
-            let place = (best & ((1 << PLACE_BITS) - 1)) as usize % PLACES;
-            let id = best >> PLACE_BITS;
-            let gone = usize::from(next[place]) % PLACES;
-            let after = usize::from(next[gone]) % PLACES;
-            let left = usize::from(previous[place]) % PLACES;
-            tokens[place] = id;
-            tokens[gone] = NOTHING;
-            candidates[(gone - 1) % N] = NONE;
-            next[place] = after as u8;
-            previous[after] = place as u8;
-            let rank = self.rank(id, tokens[after]);
-            candidates[(place - 1) % N] = candidate(rank, place as u32);
-            if left > 0 {
-                let rank = self.rank(tokens[left], id);
-                candidates[(left - 1) % N] = candidate(rank, left as u32);
-            }
-        }
-        let mut place = 1;
-        while place <= last {
-            out.push(tokens[place]);
-            place = usize::from(next[place]);
-        }
-    }
-
     /// A linked list of tokens and a heap of candidate merges: O(n log n).
     pub(crate) fn heap(&self, piece: &[u8], out: &mut Vec<u32>) {
         self.heap_below(NONE, piece, out);
@@ -268,7 +144,7 @@ impl Merges {
         let mut previous: Vec<u32> = (0..len as u32).map(|i| i.wrapping_sub(1)).collect();
         let mut first = Vec::with_capacity(len);
         for (i, pair) in piece.windows(2).enumerate() {
-            let rank = self.byte_pairs[byte_pair(pair[0], pair[1])];
+            let rank = self.rank_of_bytes(pair[0], pair[1]);
             if rank != NONE {
                 first.push(Reverse(u64::from(rank) << 32 | i as u64));
             }
@@ -399,16 +275,6 @@ impl Merges {
         let mut ids = Vec::new();
         self.piece(&bytes, &mut ids);
         ids == [left, right]
-    }
-}
-
-/// Orders by rank, then by place; NONE stays NONE.
-#[inline(always)]
-fn candidate(rank: u32, place: u32) -> u32 {
-    if rank == NONE {
-        NONE
-    } else {
-        rank << PLACE_BITS | place
     }
 }
 

@@ -17,6 +17,7 @@ use std::hash::Hasher;
 use rustc_hash::FxHasher;
 
 use crate::decode::Tokens;
+use crate::pages::ask_for_large_pages;
 
 /// Pieces up to this many bytes fit a [`Key`].
 pub(crate) const KEY_BYTES: usize = 15;
@@ -350,7 +351,9 @@ impl Cache {
     }
 
     fn grow(&mut self) {
-        let larger = vec![NO_PAIR; self.pairs.len() * 4];
+        let mut larger = Vec::with_capacity(self.pairs.len() * 4);
+        ask_for_large_pages(&mut larger);
+        larger.resize(self.pairs.len() * 4, NO_PAIR);
         self.used = 0;
         for pair in std::mem::replace(&mut self.pairs, larger) {
             for slot in pair.0 {
