@@ -37,6 +37,9 @@ use crate::FIRST_MERGE_ID;
 const BATCH: usize = 64;
 /// A batch may get so many more, of its last block.
 const FULL_BATCH: usize = BATCH + 64;
+/// Windows of long pieces are remembered up to this many bytes: where they have to be long, as in
+/// a run of one character of which there are long tokens, they are likely all the same.
+const MAX_CACHED_PART: usize = 1024;
 /// Caches kept between calls; more calls than this at once make their own.
 const MAX_CACHES: usize = 32;
 /// A batch of texts is shared out in portions of about this many bytes.
@@ -557,7 +560,7 @@ impl Bpe {
                 return ids.push(id);
             }
         }
-        if part.len() > CACHED_BYTES {
+        if part.len() > MAX_CACHED_PART {
             return self.table.piece(part, ids);
         }
         if self.table.is_ordered() {

@@ -191,3 +191,19 @@ fn hostile_texts_come_back() {
         );
     }
 }
+
+/// Windows must grow beyond what pieces are remembered at where tokens are long.
+#[test]
+fn runs_of_long_tokens_equal_the_reference() {
+    let space = u32::from(b' ');
+    let mut merges = vec![(space, space)];
+    merges.extend((256..262).map(|id| (id, id))); // up to 128 spaces
+    merges.push((261, 260)); // 64 and 32
+    let bpe = Bpe::new(merges.clone(), Pattern::Qwen2).unwrap();
+    for len in [95, 96, 160, 500, 1001, 4000] {
+        let text = [" ".repeat(len), "x".into(), " ".repeat(2 * len)].concat();
+        let expected = reference::encode(&text, &merges, Pattern::Qwen2);
+        assert_eq!(bpe.encode(&text), expected);
+        assert_eq!(bpe.encode(&text), expected); // now from the cache
+    }
+}
