@@ -2,7 +2,7 @@
 //!
 //! Counting (by bytes of text) and learning 4,096 merges (of all pieces) on a few megabytes of
 //! text, made here so that the bench needs no files; English prose of real size is measured by
-//! `benchmarks/tokenizer.py`.
+//! `fledge tok bench --parts train`.
 
 use std::hint::black_box;
 

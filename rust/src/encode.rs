@@ -7,18 +7,17 @@
 //! the cache is merged (`merge`) and put there.
 //!
 //! The loop takes pieces in batches: first it cuts all pieces of a batch,
-//! hashes them and asks for the cache lines they need, then it looks them up.
-//! Cutting mispredicts branches and looking up waits for memory; apart, neither
-//! holds up the other.
+//! hashes them and asks for the cache lines they need, then it looks them up
+//! (`batch`).
 //!
 //! Who calls it: the Python module, and Rust programs. It never looks for
 //! special tokens.
 
-use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use crate::batch::{Batch, BlockEnds, Ends, BATCH, FULL_BATCH};
 use crate::blocks::Blocks;
 use crate::decode::Tokens;
 use crate::error::{Error, ErrorKind};
@@ -28,15 +27,11 @@ use crate::masks::{Level, Plain};
 use crate::merge::{Merges, MAX_TOKENS};
 use crate::merge_short::SHORT;
 use crate::pages::ask_for_large_pages;
-use crate::split::{split, Pattern, Pieces};
+use crate::split::{split, Pattern};
 use crate::unicode::Table;
-use crate::words::{Cache, Key, Words, CACHED_BYTES, INLINE, KEY_BYTES, WIDE};
+use crate::words::{Cache, Key, Words, CACHED_BYTES, INLINE};
 use crate::FIRST_MERGE_ID;
 
-/// Pieces cut before they are looked up.
-const BATCH: usize = 64;
-/// A batch may get so many more, of its last block.
-const FULL_BATCH: usize = BATCH + 64;
 /// Windows of long pieces are remembered up to this many bytes: where they have to be long, as in
 /// a run of one character of which there are long tokens, they are likely all the same.
 const MAX_CACHED_PART: usize = 1024;
@@ -98,105 +93,6 @@ impl Output for usize {
     #[inline(always)]
     fn many(&mut self, ids: &[u32]) {
         *self += ids.len();
-    }
-}
-
-/// Where pieces end. (A closure would not be compiled for the machine's level.)
-trait Ends {
-    /// A place and bits, of which at least one is set: pieces end at the place plus each bit.
-    fn next_ends(&mut self) -> Option<(usize, u64)>;
-}
-
-/// A block at a time, on a machine of level `L`.
-struct BlockEnds<'a, L>(Blocks<'a>, PhantomData<L>);
-
-impl<'a, L: Level> BlockEnds<'a, L> {
-    /// # Safety
-    ///
-    /// The machine is of that level.
-    #[inline(always)]
-    unsafe fn new(blocks: Blocks<'a>) -> Self {
-        BlockEnds(blocks, PhantomData)
-    }
-}
-
-impl<L: Level> Ends for BlockEnds<'_, L> {
-    #[inline(always)]
-    fn next_ends(&mut self) -> Option<(usize, u64)> {
-        // SAFETY: who made `self` knows the machine.
-        unsafe { self.0.next_ends_at::<L>() }
-    }
-}
-
-impl Ends for Pieces<'_> {
-    #[inline(always)]
-    fn next_ends(&mut self) -> Option<(usize, u64)> {
-        self.next_end().map(|end| (end, 1))
-    }
-}
-
-/// Pieces between cutting and looking up.
-struct Batch {
-    num: usize,
-    bounds: [usize; FULL_BATCH + 16], // piece i is bytes[bounds[i]..bounds[i + 1]]
-    keys: [(Key, u64); FULL_BATCH],
-}
-
-impl Batch {
-    fn new() -> Batch {
-        Batch {
-            num: 0,
-            bounds: [0; FULL_BATCH + 16],
-            keys: [(Key::new(b""), 0); FULL_BATCH],
-        }
-    }
-
-    #[inline(always)]
-    fn piece<'a>(&self, i: usize, bytes: &'a [u8]) -> &'a [u8] {
-        &bytes[self.bounds[i]..self.bounds[i + 1]]
-    }
-
-    /// Takes the next pieces, the first of which begins at `start`.
-    #[inline(always)]
-    fn cut(&mut self, start: usize, ends: &mut impl Ends) {
-        self.bounds[0] = start;
-        let mut num = 0;
-        while num < BATCH {
-            let Some((base, mut bits)) = ends.next_ends() else {
-                break;
-            };
-            let end = num + bits.count_ones() as usize;
-            // Fifteen at a time: few blocks have more. What is too much is
-            // overwritten.
-            while num < end {
-                for bound in &mut self.bounds[num + 1..][..15] {
-                    *bound = base + bits.trailing_zeros() as usize;
-                    bits &= bits.wrapping_sub(1);
-                }
-                num += 15;
-            }
-            num = end;
-        }
-        self.num = num;
-    }
-
-    /// Makes the keys of all pieces and asks for the memory they will need.
-    #[inline(always)]
-    fn prepare(&mut self, bytes: &[u8], cache: &Cache) {
-        let num = self.num.min(FULL_BATCH);
-        let far_from_end = num > 0 && self.bounds[num - 1] + WIDE <= bytes.len();
-        for i in 0..num {
-            let (start, len) = (self.bounds[i], self.bounds[i + 1] - self.bounds[i]);
-            let key = if len <= KEY_BYTES && far_from_end {
-                // SAFETY: no piece of the batch begins later than the last.
-                unsafe { Key::at(bytes, start, len) }
-            } else {
-                Key::of(&bytes[start..start + len])
-            };
-            let hash = key.hash();
-            cache.prefetch(hash);
-            self.keys[i] = (key, hash);
-        }
     }
 }
 

@@ -40,6 +40,7 @@
 
 #![deny(missing_docs)]
 
+mod batch;
 mod blocks;
 mod count;
 mod count_file;
