@@ -112,7 +112,7 @@ def test_a_run_that_only_began(tmp_path: Path) -> None:
         facts = report.render(run)
         text = run.report_file("md").read_text()
     assert facts["stages"]["base"]["status"] == "interrupted"
-    assert "It is not finished: base, mid, sft, evaluate still to do." in text
+    assert "It is not finished: base, mid, sft, rl and evaluate still to do." in text
     assert "| stage rl | not run |" in text
 
 
@@ -136,7 +136,7 @@ def test_scores_text() -> None:
         "stages": {"sft": {"scores": {"mmlu": score}}},
     }
     text = report.scores_text(result)
-    assert "50.0 % (40.0 to 60.0), n=96" in text and "25 %" in text and "4.26M" in text
+    assert "50.0 % (40.0 to 60.0)" in text and "| 96" in text and "25 %" in text and "4.26M" in text
 
 
 def test_pages_escape_what_users_wrote() -> None:
@@ -244,7 +244,7 @@ def test_a_failed_run_says_where_and_why(tmp_path: Path) -> None:
         text = run.report_file("md").read_text()
     assert "It failed in base: see what went wrong." in text
     section = text.partition("## What went wrong")[2].partition("\n## ")[0]
-    assert "base is failed after 3 s: RuntimeError: the loss is not finite" in section
+    assert "base failed after 3 s: RuntimeError: the loss is not finite" in section
     assert "step 5 loss nan" in section
 
 

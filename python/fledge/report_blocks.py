@@ -91,9 +91,10 @@ def summary_text(run: Run, facts: dict[str, Any]) -> str:
     if failed:
         sentences.append(f"It failed in {_join(failed)}: see what went wrong.")
     unfinished = [name for name, stage in stages.items() if stage["status"] != "done"]
-    missing = [name for name in STAGES if name not in stages and name != "rl"]
+    left_out = {"rl"} if run.values["rl.steps"] == 0 else set()
+    missing = [name for name in STAGES if name not in stages and name not in left_out]
     if unfinished or missing:
-        sentences.append(f"It is not finished: {', '.join(unfinished + missing)} still to do.")
+        sentences.append(f"It is not finished: {_join(unfinished + missing)} still to do.")
     return " ".join(sentences)
 
 
@@ -180,20 +181,23 @@ def score_table(stages: Mapping[str, Any]) -> Table | None:
     for task in tasks:
         if task.startswith("core/"):  # they have a table of their own
             continue
-        scores = {name: stages[name]["scores"].get(task) for name in columns}
-        known = [s["chance"] for s in scores.values() if s and s.get("chance") is not None]
+        scores = [stages[name]["scores"].get(task) for name in columns]
+        known = [s["chance"] for s in scores if s and s.get("chance") is not None]
+        numbers = {s["n"] for s in scores if s and s.get("n") and s.get("low") is not None}
+        alike = len(numbers) == 1  # then it need not stand in every cell
         rows.append(
             [
                 task,
-                *(cell(score) for score in scores.values()),
+                *(cell(score, with_number=not alike) for score in scores),
                 f"{100 * known[0]:.0f} %" if known else "-",
+                f"{numbers.pop():,}" if alike else "-",
             ]
         )
-    return Table(["task", *columns, "chance"], rows)
+    return Table(["task", *columns, "chance", "questions"], rows)
 
 
-def cell(score: Mapping[str, Any] | None) -> str:
-    """A score in a table: the interval and the number of questions where there are any."""
+def cell(score: Mapping[str, Any] | None, *, with_number: bool = True) -> str:
+    """A score in a table: the interval, and the number of questions if wanted."""
     if not score:
         return "-"
     if score.get("low") is None or not score.get("n"):
@@ -201,7 +205,7 @@ def cell(score: Mapping[str, Any] | None) -> str:
         return text + (f" (bound {score['bound']:.3f})" if "bound" in score else "")
     percent = score.get("unit", "accuracy") == "accuracy"
     text = format_interval(score["value"], score["low"], score["high"], percent=percent)
-    return f"{text}, n={score['n']}"
+    return f"{text}, n={score['n']}" if with_number else text
 
 
 def _stage_blocks(run: Run, facts: dict[str, Any]) -> list[Block]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 SHORT_CELL = 36  # characters
+VALUE_AND_MORE = re.compile(r"(?P<value>\S.{1,10}) (?P<more>\([^()]{1,24}\).{0,9})")
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #1b1f24; background: #fff }
@@ -22,7 +23,7 @@ th, td { border-bottom: 1px solid #d5d9de; padding: .3rem .7rem; text-align: lef
 pre { background: #f4f5f7; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
 figure { margin: 1rem 0; padding: .5rem; border-radius: .4rem; max-width: 46rem }
 svg { max-width: 100%; height: auto; display: block }
-td.s { white-space: nowrap }
+.s { white-space: nowrap }
 code { background: #f4f5f7; padding: .1rem .3rem; border-radius: .2rem }
 td:nth-child(n+2) { font-variant-numeric: tabular-nums }
 @media (prefers-color-scheme: dark) {
@@ -115,7 +116,10 @@ def to_html(blocks: Sequence[Block], title: str) -> str:
 
 
 def _td(cell: str) -> str:
-    """A cell; a short one stays on its line."""
+    """A cell; a short one stays on its line, a value and its interval may be on two."""
+    if parts := VALUE_AND_MORE.fullmatch(cell):
+        spans = (f'<span class="s">{html.escape(part)}</span>' for part in parts.groups())
+        return f"<td>{' '.join(spans)}</td>"
     whole = ' class="s"' if len(cell) <= SHORT_CELL else ""
     return f"<td{whole}>{html.escape(cell)}</td>"
 

@@ -89,15 +89,14 @@ def bars(
     ):
         for i, (group, rows) in enumerate(groups.items()):
             shift = (len(groups) - 1) / 2 - i
+            below = [max(0.0, value - low) for _, value, low, _ in rows]
+            above = [max(0.0, top - value) for _, value, _, top in rows]
             axes.barh(
                 [places[name] + shift * high for name, *_ in rows],
                 [value for _, value, _, _ in rows],
                 height=high * 0.9,
                 color=COLOURS[i % len(COLOURS)],
-                xerr=[
-                    [max(0.0, value - low) for _, value, low, _ in rows],
-                    [max(0.0, top - value) for _, value, _, top in rows],
-                ],
+                xerr=[below, above] if any(below + above) else None,
                 error_kw={"ecolor": "#222222", "elinewidth": 1, "capsize": 2},
                 label=group,
             )

@@ -64,7 +64,8 @@ def wrong_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
         if table["status"] == "done":
             blocks.append(Paragraph(f"{stage} was taken up again: {table['attempts']} attempts."))
             continue
-        said = f"{stage} is {table['status']} after {format_seconds(table['seconds'])}"
+        verb = "failed" if table["status"] == "failed" else f"is {table['status']}"
+        said = f"{stage} {verb} after {format_seconds(table['seconds'])}"
         blocks.append(Paragraph(said + (f": {record['error']}" if record.get("error") else ".")))
         log = run.log_file(stage)
         if log.is_file():
