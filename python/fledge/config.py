@@ -223,7 +223,7 @@ class ChatSection:
 
 @dataclass(frozen=True)
 class RlSection:
-    """[rl]: reinforcement (GRPO) on problems whose answer can be checked, with the python tool."""
+    """[rl]: reinforcement on problems whose answer can be checked, with the python tool."""
 
     steps: int | None = None
     """Optimizer steps; 0 skips the stage."""
@@ -235,6 +235,27 @@ class RlSection:
     """Longest rollout in tokens."""
     temperature: float | None = None
     """Sampling temperature of the rollouts."""
+    loss: Literal["reinforce", "grpo", "dr_grpo", "dapo", "cispo"] = "reinforce"
+    """What is made small (train/rl.py has the formulas); they differ in advantage, divisor, clip."""
+    eps_low: float = 0.2
+    """How far the ratio of new to old probability may fall before it is clipped."""
+    eps_high: float = 0.28
+    """How far it may rise (DAPO's clip-higher); both matter from updates_per_batch = 2 on."""
+    kl_beta: float = 0.0
+    """Weight of the divergence from sft's model (k3); 0 needs no second model."""
+    importance_cap: float = 2.0
+    """Largest weight of a token that the trainer thinks likelier than the sampler did."""
+    updates_per_batch: int = 1
+    """Optimizer steps on one batch of rollouts."""
+    refill_rounds: int = 0
+    """How often groups of equal rewards are dropped and replaced by new problems; 0 keeps them."""
+    overlong: Literal["count", "mask"] = "count"
+    """Answers cut at max_new_tokens: learnt from like others, or left out."""
+    rewards: dict[str, float] | None = None
+    """Weight of each reward: answer, format, stops, brief, tests, or FILE.py:FUNCTION of your own;
+    absent = answer alone."""
+    files: tuple[str, ...] = ()
+    """JSONL files of your own problems (question, and answer or tests); absent = the data's own."""
     lr_scale: float | None = None
     """Learning rates as a share of base's peak."""
     warmup_steps: int | None = None

@@ -316,6 +316,19 @@ def _plan_rl(draft: _Draft) -> None:
         ("lr_scale", DEFAULTS.lr_scale["rl"], "house default of the stage"),
     ):
         draft.put(f"rl.{key}", value, rule)
+    draft.put("rl.rewards", None, "absent means answer = 1: right, and stopped by itself")
+    for key, why, fix in (
+        ("temperature", "greedy answers to a problem are all alike: nothing to compare", "give 1"),
+        ("updates_per_batch", "a step updates the model at least once", "give 1 or more"),
+    ):
+        if draft.values.get(f"rl.{key}", draft.given.get(f"rl.{key}")) == 0:
+            raise UserError(f"rl.{key} = 0", why, fix)
+    if draft.values["rl.samples_per_prompt"] < 2 and draft.values["rl.steps"]:
+        raise UserError(
+            "rl.samples_per_prompt = 1",
+            "an answer is compared with the others to the same problem",
+            "give 2 or more, or leave rl out with --rl.steps 0",
+        )
     _plan_schedule(draft, "rl", draft.values["rl.steps"])
 
 
@@ -354,7 +367,7 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
 _MAY_BE_ZERO = {
     *("steps", "warmup_steps", "cooldown_fraction", "final_lr_fraction", "seed", "samples"),
     *("matrix_lr", "embed_lr", "norm_lr", "weight_decay", "lr_scale", "temperature"),
-    "row_variance",
+    *("row_variance", "eps_low", "eps_high", "kl_beta", "refill_rounds"),
 }
 _SHARES = {"cooldown_fraction", "final_lr_fraction", "row_variance"}
 

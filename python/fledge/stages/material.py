@@ -12,25 +12,28 @@ import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fledge.config import TRAINED_STAGES, Recipe
 from fledge.data.conversations import (
+    Joined,
     chat_sources,
     default_weights,
     gsm8k_problems,
     read_conversations,
 )
 from fledge.data.loader import Documents, Mixture
+from fledge.data.problems import problems_of, read_problems
 from fledge.data.sources import open_corpus
 from fledge.data.task_files import TaskData
 from fledge.data.tokenized import ConversationDocuments, Epochs, TextDocuments
 from fledge.data.worlds import load_world
 from fledge.errors import UserError
+from fledge.evals.rewards import Rewards
 from fledge.evals.tasks.base import Task
-from fledge.evals.tasks.gsm8k import answer_of, same_number
 from fledge.evals.tasks.registry import find_tasks
-from fledge.evals.tasks.worlds import EXAMS, find_world_tasks, grade
+from fledge.evals.tasks.worlds import EXAMS, find_world_tasks
 from fledge.files import canonical_json
 from fledge.sandbox import arithmetic
 from fledge.tokenizer import Tokenizer
@@ -66,8 +69,6 @@ class Material(Protocol):
 
     def problem(self, index: int) -> dict[str, Any] | None: ...
 
-    def grade(self, item: dict[str, Any], text: str) -> bool: ...
-
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]: ...
 
     def sample_prompts(self) -> list[str]: ...
@@ -83,6 +84,7 @@ def open_material(recipe: Recipe) -> Material:
     """
     for stage in recipe.evaluate.stages:
         require_known("stage", stage, TRAINED_STAGES, key="evaluate.stages")
+    Rewards(recipe.rl.rewards)
     if recipe.data.source is not None:
         return TextMaterial(recipe)
     return WorldMaterial(recipe)
@@ -149,14 +151,38 @@ def extra_conversations(extra: dict[str, Extra], stage: str) -> Extra:
     return extra.get(stage, {})
 
 
-def manifest_of(extra: dict[str, Extra]) -> dict[str, Any]:
+class Problems:
+    """What reinforcement practises on: an endless order of training problems, and from
+    HELD_OUT_PROBLEMS on those that are kept for measuring."""
+
+    def __init__(self, train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:
+        self._train, self._held_out = train, held_out
+
+    @classmethod
+    def of_files(cls, recipe: Recipe) -> Problems | None:
+        """Those of [rl] files; None where it names none."""
+        rows = Joined([read_problems(path) for path in recipe.rl.files])
+        return cls(problems_of(rows, "train"), problems_of(rows, "val")) if len(rows) else None
+
+    def __call__(self, index: int) -> dict[str, Any] | None:
+        held = index >= HELD_OUT_PROBLEMS
+        rows = self._held_out if held else self._train
+        return rows[(index - HELD_OUT_PROBLEMS if held else index) % len(rows)] if rows else None
+
+
+def manifest_of(recipe: Recipe, extra: dict[str, Extra]) -> dict[str, Any]:
     """What the user's own files hold, so that an edit is noticed; empty without files."""
-    digests = {
-        path: hashlib.sha256(canonical_json(list(rows)).encode("utf-8")).hexdigest()
-        for files in extra.values()
-        for path, rows in files.items()
-    }
-    return {"conversations": sorted(digests.values())} if digests else {}
+
+    def digest(rows: Iterable[Any]) -> str:
+        return hashlib.sha256(canonical_json(list(rows)).encode("utf-8")).hexdigest()
+
+    chats = {path: digest(rows) for files in extra.values() for path, rows in files.items()}
+    problems = [digest(read_problems(path)) for path in recipe.rl.files]
+    # functions of the user's own in [rl] rewards: their text is what they do
+    code = {name.rpartition(":")[0] for name in recipe.rl.rewards or () if ":" in name}
+    rewards = [digest([Path(file).read_text(encoding="utf-8")]) for file in sorted(code)]
+    found = {"conversations": chats.values(), "problems": problems, "rewards": rewards}
+    return {name: sorted(digests) for name, digests in found.items() if digests}
 
 
 class WorldMaterial:
@@ -167,6 +193,7 @@ class WorldMaterial:
         self.world = load_world(recipe.data.world, recipe.data.seed)
         self.notes: list[str] = self.world.notes()
         self._extra = extra_files(recipe)
+        self._problems = Problems.of_files(recipe)
         for name in recipe.evaluate.tasks or ():
             require_known("exam", name, EXAMS, key="evaluate.tasks")
         _require_kinds(
@@ -174,7 +201,7 @@ class WorldMaterial:
         )
 
     def manifest(self) -> dict[str, Any]:
-        return {"world": self.world.manifest()} | manifest_of(self._extra)
+        return {"world": self.world.manifest()} | manifest_of(self.recipe, self._extra)
 
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
         documents = (self.world.document("train", i).text for i in itertools.count())
@@ -213,10 +240,7 @@ class WorldMaterial:
         return self.world.entropy_per_byte(n_documents=ENTROPY_DOCUMENTS)
 
     def problem(self, index: int) -> dict[str, Any] | None:
-        return self.world.problem(index)
-
-    def grade(self, item: dict[str, Any], text: str) -> bool:
-        return grade(item, text)
+        return self._problems(index) if self._problems else self.world.problem(index)
 
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
         return [*find_world_tasks(self.world, names)]
@@ -258,8 +282,9 @@ class TextMaterial:
         _require_kinds(
             recipe, lambda s: [*self._chats[s, "train"], *extra_conversations(self._extra, s)]
         )
-        self._problems = gsm8k_problems(self.files)
-        self._held_problems = gsm8k_problems(self.files, split="val")
+        self._problems = Problems.of_files(recipe) or Problems(
+            gsm8k_problems(self.files), gsm8k_problems(self.files, split="val")
+        )
         self._tasks, missing = find_tasks(self.files, recipe.evaluate.tasks)
         self.notes = [*self.corpus.notes, *self.files.missing(), *missing]
         self._manifest: dict[str, Any] | None = None
@@ -281,7 +306,7 @@ class TextMaterial:
                 "text": self.corpus.manifest(),
                 "tasks": [list(row) for row in self.files.manifest()],
                 "world": self.world.manifest(),
-            } | manifest_of(self._extra)
+            } | manifest_of(self.recipe, self._extra)
         return self._manifest
 
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
@@ -310,14 +335,7 @@ class TextMaterial:
         return None  # nobody knows the entropy of real English
 
     def problem(self, index: int) -> dict[str, Any] | None:
-        held = index >= HELD_OUT_PROBLEMS
-        rows = self._held_problems if held else self._problems
-        if not rows:
-            return None
-        return rows[(index - HELD_OUT_PROBLEMS if held else index) % len(rows)]
-
-    def grade(self, item: dict[str, Any], text: str) -> bool:
-        return same_number(answer_of(text), item["answer"])
+        return self._problems(index)
 
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
         def is_asked(name: str) -> bool:  # "core" asks for core/copa and the 21 others
