@@ -211,8 +211,13 @@ class ChatSection:
     """Learning rate at the very end, as a share of the peak."""
     mixture: dict[str, float] | None = None
     """Weight of each kind of conversation (prose = base's text); absent = the data's own mix."""
+    epochs: dict[str, float] | None = None
+    """Instead of mixture: passes over each kind, as in { gsm8k = 2, chat = 1 }; `tokens` says how
+    far it goes."""
     files: tuple[str, ...] = ()
     """Extra JSONL files of conversations in OpenAI's message format."""
+    long_chats: Literal["start", "end", "drop"] = "start"
+    """Of a conversation beyond the context: its first whole exchanges, its last, or nothing."""
     eval_every: int | None = None
     """Steps between two measurements of validation loss."""
     save_every: int | None = None
@@ -236,7 +241,7 @@ class RlSection:
     temperature: float | None = None
     """Sampling temperature of the rollouts."""
     loss: Literal["reinforce", "grpo", "dr_grpo", "dapo", "cispo"] = "reinforce"
-    """What is made small (train/rl.py has the formulas); they differ in advantage, divisor, clip."""
+    """What is made small (formulas: train/rl.py); they differ in advantage, divisor and clip."""
     eps_low: float = 0.2
     """How far the ratio of new to old probability may fall before it is clipped."""
     eps_high: float = 0.28

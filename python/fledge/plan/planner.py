@@ -302,6 +302,13 @@ def _plan_chat(draft: _Draft, stage: str) -> None:
     )
     draft.put(f"{stage}.lr_scale", DEFAULTS.lr_scale[stage], "house default of the stage")
     draft.put(f"{stage}.mixture", None, "absent means the data's own mixture")
+    draft.put(f"{stage}.epochs", None, "absent means that mixture says it")
+    if draft.values[f"{stage}.mixture"] and draft.values[f"{stage}.epochs"]:
+        raise UserError(
+            f"{stage}.mixture and {stage}.epochs",
+            "both say how much of each kind is read",
+            "leave one of them out",
+        )
     _plan_schedule(draft, stage, tokens // batch)
 
 

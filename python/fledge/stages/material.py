@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -114,9 +114,29 @@ def require_known(what: str, name: str, known: Iterable[str], *, key: str) -> No
 def _require_kinds(recipe: Recipe, kinds: Callable[[ChatStage], Iterable[str]]) -> None:
     """UserError for a mixture of [mid] or [sft] that names a kind that the data does not offer."""
     for stage in ("mid", "sft"):
-        for kind in getattr(recipe, stage).mixture or ():
-            offered = sorted({*kinds(stage), PROSE})
-            require_known("kind of conversation", kind, offered, key=f"{stage}.mixture")
+        for key in ("mixture", "epochs"):
+            for kind in getattr(getattr(recipe, stage), key) or ():
+                offered = sorted({*kinds(stage), PROSE})
+                require_known("kind of conversation", kind, offered, key=f"{stage}.{key}")
+
+
+def weights_of(
+    section: Any, kinds: Mapping[str, Documents], standard: dict[str, float]
+) -> dict[str, float]:
+    """The weight of each kind by [mid] or [sft]: mixture, or passes x different conversations."""
+    if section.epochs is None:
+        return section.mixture or standard
+    weights = {}
+    for kind, passes in section.epochs.items():
+        items = getattr(getattr(kinds[kind], "conversation", None), "items", None)
+        if items is None:
+            raise UserError(
+                f"epochs of {kind}",
+                "these conversations are made anew without end: there is no pass over them",
+                "use mixture, which gives each kind a weight",
+            )
+        weights[kind] = passes * len(items)
+    return weights
 
 
 def _mixture(
@@ -215,7 +235,8 @@ class WorldMaterial:
     ) -> tuple[Documents, dict[str, float]]:
         own = self.world.kinds(stage)
         extra = extra_conversations(self._extra, stage)
-        weights = getattr(self.recipe, stage).mixture or own | dict.fromkeys(extra, FILE_WEIGHT)
+        section, standard = getattr(self.recipe, stage), own | dict.fromkeys(extra, FILE_WEIGHT)
+        policy = section.long_chats
         # validation conversations are later draws of the same generator
         offset = 0 if split == "train" else HELD_OUT_PROBLEMS
         sources: dict[str, Documents] = {
@@ -223,17 +244,21 @@ class WorldMaterial:
                 lambda i, kind=kind: self.world.conversation(stage, kind, i + offset),
                 tokenizer,
                 max_tokens=max_tokens,
+                policy=policy,
             )
             for kind in own
         }
         for kind, rows in extra.items():
             shuffled = Epochs(rows, self.recipe.data.seed)
-            sources[kind] = ConversationDocuments(shuffled, tokenizer, max_tokens=max_tokens)
+            sources[kind] = ConversationDocuments(
+                shuffled, tokenizer, max_tokens=max_tokens, policy=policy
+            )
         sources[PROSE] = TextDocuments(
             lambda i: self.world.document(split, i + REPLAYED_PROSE).text,
             tokenizer,
             max_tokens=max_tokens,
         )
+        weights = weights_of(section, sources, standard)
         return _mixture(sources, weights, section=stage)
 
     def entropy_per_byte(self) -> float | None:
@@ -322,13 +347,16 @@ class TextMaterial:
         self, stage: ChatStage, split: Split, tokenizer: Tokenizer, *, max_tokens: int
     ) -> tuple[Documents, dict[str, float]]:
         rows = self._chats[stage, split] | extra_conversations(self._extra, stage)
-        weights = getattr(self.recipe, stage).mixture or default_weights(stage, list(rows))
-        seed = self.recipe.data.seed
+        section, standard = getattr(self.recipe, stage), default_weights(stage, list(rows))
+        seed, policy = self.recipe.data.seed, section.long_chats
         sources: dict[str, Documents] = {
-            kind: ConversationDocuments(Epochs(items, seed), tokenizer, max_tokens=max_tokens)
+            kind: ConversationDocuments(
+                Epochs(items, seed), tokenizer, max_tokens=max_tokens, policy=policy
+            )
             for kind, items in rows.items()
         }
         sources[PROSE] = TextDocuments(self._order(split), tokenizer, max_tokens=max_tokens)
+        weights = weights_of(section, sources, standard)
         return _mixture(sources, weights, section=stage)
 
     def entropy_per_byte(self) -> float | None:
