@@ -77,6 +77,9 @@ def gather(run: Run) -> dict[str, Any]:
             "scores": {**_bpb_score(run, stage, rows), **_scores(run, stage)},
         }
         tokens += stages[stage].get("tokens", 0)
+        if run.chat_file(stage).is_file():
+            table = files.read_json(run.chat_file(stage), {"scores": dict}, fix=DAMAGED)
+            stages[stage]["chat"] = table["scores"]
     return {
         "name": run.name,
         "model": {

@@ -17,6 +17,7 @@ from fledge.progress import format_count, format_seconds
 from fledge.report_pages import Block, Heading, Listing, Paragraph, Plot, Table
 from fledge.report_sections import (
     DAMAGED,
+    chat_blocks,
     core_blocks,
     hash_blocks,
     overlap_blocks,
@@ -53,6 +54,7 @@ def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) ->
         *(plot for plot in plots if plot.place == "scores"),
         *core_blocks(facts),
         *(plot for plot in plots if plot.place == "core"),
+        *chat_blocks(run, facts),
         *overlap_blocks(run),
     ]
     curves = [plot for plot in plots if plot.place == "curves"]

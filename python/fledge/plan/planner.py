@@ -95,6 +95,8 @@ def resolve(recipe: Recipe, hardware: Hardware) -> Plan:
 
 
 _ABSENT = {
+    "mid.persona": "absent means the data's own identity",
+    "sft.persona": "absent means the data's own identity",
     "data.source": "absent means the world, no text of your own",
     "base.law": "absent means the default ratio of tokens to parameters",
     "data.root": "absent means FLEDGE_DATA",
@@ -374,7 +376,7 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
 _MAY_BE_ZERO = {
     *("steps", "warmup_steps", "cooldown_fraction", "final_lr_fraction", "seed", "samples"),
     *("matrix_lr", "embed_lr", "norm_lr", "weight_decay", "lr_scale", "temperature"),
-    *("row_variance", "eps_low", "eps_high", "kl_beta", "refill_rounds"),
+    *("dialogues", "row_variance", "eps_low", "eps_high", "kl_beta", "refill_rounds"),
 }
 _SHARES = {"cooldown_fraction", "final_lr_fraction", "row_variance"}
 

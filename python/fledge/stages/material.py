@@ -7,6 +7,7 @@ the task files it can find, and says in `notes` what it lacks. Used by the stage
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import itertools
@@ -21,15 +22,18 @@ from fledge.data.conversations import (
     chat_sources,
     default_weights,
     gsm8k_problems,
+    held_out_chats,
     read_conversations,
 )
 from fledge.data.loader import Documents, Mixture
+from fledge.data.personas import Persona, PersonaConversations, load_persona
 from fledge.data.problems import problems_of, read_problems
 from fledge.data.sources import open_corpus
 from fledge.data.task_files import TaskData
 from fledge.data.tokenized import ConversationDocuments, Epochs, TextDocuments
-from fledge.data.worlds import load_world
+from fledge.data.worlds import World, load_world
 from fledge.errors import UserError
+from fledge.evals import chat_quality
 from fledge.evals.rewards import Rewards
 from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.registry import find_tasks
@@ -45,6 +49,7 @@ PROSE = "prose"  # the kind of a mixture that stands for base's raw text
 ENTROPY_DOCUMENTS = 2000
 FILE_WEIGHT = 0.1  # weight of each of the user's own conversation files in the default mixture
 REPLAYED_PROSE = 10_000_000  # documents that mid and sft replay are other draws than base's
+UNSEEN_CHATS = 30_000_000  # a world's dialogues from here on are for looking at the chat
 HELD_OUT_PROBLEMS = 10_000_000  # problems from this index on are never trained on
 
 
@@ -71,6 +76,8 @@ class Material(Protocol):
 
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]: ...
 
+    def talks(self, stage: str, count: int) -> chat_quality.Material: ...
+
     def sample_prompts(self) -> list[str]: ...
 
     def sample_questions(self) -> list[str]: ...
@@ -85,6 +92,9 @@ def open_material(recipe: Recipe) -> Material:
     for stage in recipe.evaluate.stages:
         require_known("stage", stage, TRAINED_STAGES, key="evaluate.stages")
     Rewards(recipe.rl.rewards)
+    for name in (recipe.mid.persona, recipe.sft.persona):
+        if name is not None:
+            load_persona(name)
     if recipe.data.source is not None:
         return TextMaterial(recipe)
     return WorldMaterial(recipe)
@@ -116,8 +126,50 @@ def _require_kinds(recipe: Recipe, kinds: Callable[[ChatStage], Iterable[str]]) 
     for stage in ("mid", "sft"):
         for key in ("mixture", "epochs"):
             for kind in getattr(getattr(recipe, stage), key) or ():
-                offered = sorted({*kinds(stage), PROSE})
+                own = [] if getattr(recipe, stage).persona is None else [PERSONA]
+                offered = sorted({*kinds(stage), PROSE, *own})
                 require_known("kind of conversation", kind, offered, key=f"{stage}.{key}")
+
+
+PERSONA, IDENTITY = "persona", "identity"
+PERSONA_WEIGHT = 0.1  # of a mixture that does not name it
+
+
+def add_persona(
+    recipe: Recipe, stage: ChatStage, split: Split, world: World
+) -> dict[str, Callable[[int], Any]]:
+    """The kind of conversation that makes the assistant a persona; none where none is asked for."""
+    name = getattr(recipe, stage).persona
+    if name is None:
+        return {}
+
+    def base(kind: str, index: int) -> dict[str, Any]:
+        return world.conversation(
+            stage, kind, index + (0 if split == "train" else HELD_OUT_PROBLEMS)
+        )
+
+    made = PersonaConversations(load_persona(name), base, f"{recipe.data.seed}|{stage}|{split}")
+    return {PERSONA: made}
+
+
+def persona_of(recipe: Recipe, stage: str) -> Persona | None:
+    """Who the model of a stage is to be: the last that it was trained on."""
+    for earlier in ("sft", "mid") if stage != "mid" else ("mid",):
+        name = getattr(recipe, earlier).persona
+        if name is not None:
+            return load_persona(name)
+    return None
+
+
+def talks_of(
+    recipe: Recipe, stage: str, count: int, dialogues: Sequence[Any], world: World
+) -> chat_quality.Material:
+    """What shows whether the chat is any good: dialogues, and probes and facts of a world."""
+    probes = [item for item in world.exam("world_chat") if "fact" not in item]
+    facts = world.exam("world_facts")
+    return chat_quality.Material(
+        dialogues, probes[:count], facts[:count], persona_of(recipe, stage)
+    )
 
 
 def weights_of(
@@ -125,7 +177,11 @@ def weights_of(
 ) -> dict[str, float]:
     """The weight of each kind by [mid] or [sft]: mixture, or passes x different conversations."""
     if section.epochs is None:
-        return section.mixture or standard
+        weights = dict(section.mixture or standard)
+        if PERSONA in kinds:
+            weights.pop(IDENTITY, None)  # it says another name
+            weights.setdefault(PERSONA, PERSONA_WEIGHT * sum(weights.values()))
+        return weights
     weights = {}
     for kind, passes in section.epochs.items():
         items = getattr(getattr(kinds[kind], "conversation", None), "items", None)
@@ -201,7 +257,10 @@ def manifest_of(recipe: Recipe, extra: dict[str, Extra]) -> dict[str, Any]:
     # functions of the user's own in [rl] rewards: their text is what they do
     code = {name.rpartition(":")[0] for name in recipe.rl.rewards or () if ":" in name}
     rewards = [digest([Path(file).read_text(encoding="utf-8")]) for file in sorted(code)]
+    named = {n for n in (recipe.mid.persona, recipe.sft.persona) if n is not None}
+    who = [digest([dataclasses.asdict(load_persona(name))]) for name in sorted(named)]
     found = {"conversations": chats.values(), "problems": problems, "rewards": rewards}
+    found["personas"] = who
     return {name: sorted(digests) for name, digests in found.items() if digests}
 
 
@@ -248,6 +307,10 @@ class WorldMaterial:
             )
             for kind in own
         }
+        for kind, make in add_persona(self.recipe, stage, split, self.world).items():
+            sources[kind] = ConversationDocuments(
+                make, tokenizer, max_tokens=max_tokens, policy=policy
+            )
         for kind, rows in extra.items():
             shuffled = Epochs(rows, self.recipe.data.seed)
             sources[kind] = ConversationDocuments(
@@ -269,6 +332,10 @@ class WorldMaterial:
 
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
         return [*find_world_tasks(self.world, names)]
+
+    def talks(self, stage: str, count: int) -> chat_quality.Material:
+        unseen = [self.world.conversation("sft", "chat", UNSEEN_CHATS + i) for i in range(count)]
+        return talks_of(self.recipe, stage, count, unseen, self.world)
 
     def sample_prompts(self) -> list[str]:
         facts = self.world.facts
@@ -355,6 +422,10 @@ class TextMaterial:
             )
             for kind, items in rows.items()
         }
+        for kind, make in add_persona(self.recipe, stage, split, self.world).items():
+            sources[kind] = ConversationDocuments(
+                make, tokenizer, max_tokens=max_tokens, policy=policy
+            )
         sources[PROSE] = TextDocuments(self._order(split), tokenizer, max_tokens=max_tokens)
         weights = weights_of(section, sources, standard)
         return _mixture(sources, weights, section=stage)
@@ -370,6 +441,14 @@ class TextMaterial:
             return names is None or name in names or name.partition("/")[0] in names
 
         return [task for task in self._tasks if is_asked(task.name)]
+
+    def talks(self, stage: str, count: int) -> chat_quality.Material:
+        """Held-out chats of the files, else the almanac's."""
+        unseen: Sequence[Any] = held_out_chats(self.files)[:count]
+        if not unseen:
+            ids = range(UNSEEN_CHATS, UNSEEN_CHATS + count)
+            unseen = [self.world.conversation("sft", "chat", i) for i in ids]
+        return talks_of(self.recipe, stage, count, unseen, self.world)
 
     def sample_prompts(self) -> list[str]:
         texts = [self.corpus.val[i] for i in range(min(5, len(self.corpus.val)))]
