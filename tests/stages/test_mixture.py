@@ -83,3 +83,22 @@ def test_rows_are_shown_with_what_is_learnt(tmp_path, capsys):
     assert "&lt;|assistant_end|&gt;</b>" in capsys.readouterr().out
     assert cli.main(["data", "show", str(tmp_path)]) == 1
     assert "not a run directory" in capsys.readouterr().err
+
+
+def test_a_persona_takes_the_place_of_identity():
+    recipe = parse_recipe('[sft]\npersona = "terse"', where="test")
+    material = open_material(recipe)
+    documents, shares = material.chats("sft", "train", TOKENIZER, max_tokens=256)
+    assert "identity" not in shares and shares["persona"] == pytest.approx(0.1 / 1.1)
+    told = json.dumps(material.manifest())
+    assert "personas" in told
+    other = parse_recipe('[sft]\npersona = "warm"', where="test")
+    assert json.dumps(open_material(other).manifest()) != told
+    assert material.talks("sft", 2).persona == material.talks("rl", 2).persona
+    assert material.talks("mid", 2).persona is None
+    held, _ = material.chats("sft", "val", TOKENIZER, max_tokens=256)
+    at = list(shares).index("persona")
+    pieces = [d.sources[at].piece(0)[0].tolist() for d in (documents, held)]  # type: ignore[attr-defined]
+    assert pieces[0] != pieces[1]
+    with pytest.raises(UserError, match="there is no persona"):
+        open_material(parse_recipe('[mid]\npersona = "nobody"', where="test"))
