@@ -53,7 +53,7 @@ def assistant(text: str) -> dict[str, Any]:
 
 
 def look(engine: Any, **material: Any) -> dict[str, Any]:
-    whole = {"dialogues": [], "probes": [], "facts": []} | material
+    whole: dict[str, Any] = {"dialogues": [], "probes": [], "facts": []} | material
     with Tools() as tools:
         return examine(engine, tools, Material(**whole))[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def go(world: World, steps: int) -> dict:
             tools=tools,
             problem=lambda i: ({}, [i % 7 + 1]),
             reward=even_share,
-            config=rl.RlConfig(**vars(config("dapo", refill_rounds=1)) | {"prompts_per_step": 5}),
+            config=dataclasses.replace(config("dapo", refill_rounds=1), prompts_per_step=5),
         )
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return {"weights": weights, "rows": hooks.rows}

@@ -125,7 +125,7 @@ def _answers(
         if kept is not None:
             prompts.append(render_prompt(engine.tokenizer, kept["messages"]))
             places.append(i)
-    found = [NO_ROOM] * len(asked)
+    found: list[tuple[str, bool]] = [NO_ROOM] * len(asked)
     params = SamplingParams(max_tokens=MOST_TOKENS, logprobs=False)
     done = engine.generate(prompts, params, tools) if prompts else []
     for i, (completion,) in zip(places, done, strict=True):

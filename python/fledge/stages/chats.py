@@ -9,7 +9,7 @@ from fledge.model import Transformer
 from fledge.stages import mixture
 from fledge.stages.context import StageContext
 from fledge.stages.inference import stage_engine
-from fledge.stages.material import ChatStage
+from fledge.stages.own_files import ChatStage
 from fledge.stages.training import run_training, write_samples
 from fledge.tokenizer.chat import render_prompt
 from fledge.tokenizer.reply import split_parts

@@ -7,50 +7,54 @@ the task files it can find, and says in `notes` what it lacks. Used by the stage
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fledge.config import TRAINED_STAGES, Recipe
 from fledge.data.conversations import (
-    Joined,
     chat_sources,
     default_weights,
     gsm8k_problems,
     held_out_chats,
-    read_conversations,
 )
 from fledge.data.loader import Documents, Mixture
-from fledge.data.personas import Persona, PersonaConversations, load_persona
-from fledge.data.problems import problems_of, read_problems
+from fledge.data.personas import load_persona
 from fledge.data.sources import open_corpus
 from fledge.data.task_files import TaskData
 from fledge.data.tokenized import ConversationDocuments, Epochs, TextDocuments
-from fledge.data.worlds import World, load_world
+from fledge.data.worlds import load_world
 from fledge.errors import UserError
 from fledge.evals import chat_quality
 from fledge.evals.rewards import Rewards
 from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.registry import find_tasks
 from fledge.evals.tasks.worlds import EXAMS, find_world_tasks
-from fledge.files import canonical_json
 from fledge.sandbox import arithmetic
+from fledge.stages.own_files import (
+    HELD_OUT_PROBLEMS,
+    IDENTITY,
+    PERSONA,
+    PERSONA_WEIGHT,
+    ChatStage,
+    Extra,
+    Problems,
+    Split,
+    add_persona,
+    extra_conversations,
+    extra_files,
+    manifest_of,
+    talks_of,
+)
 from fledge.tokenizer import Tokenizer
-
-Split = Literal["train", "val"]
-ChatStage = Literal["mid", "sft"]
 
 PROSE = "prose"  # the kind of a mixture that stands for base's raw text
 ENTROPY_DOCUMENTS = 2000
 FILE_WEIGHT = 0.1  # weight of each of the user's own conversation files in the default mixture
 REPLAYED_PROSE = 10_000_000  # documents that mid and sft replay are other draws than base's
 UNSEEN_CHATS = 30_000_000  # a world's dialogues from here on are for looking at the chat
-HELD_OUT_PROBLEMS = 10_000_000  # problems from this index on are never trained on
 
 
 class Material(Protocol):
@@ -131,47 +135,6 @@ def _require_kinds(recipe: Recipe, kinds: Callable[[ChatStage], Iterable[str]]) 
                 require_known("kind of conversation", kind, offered, key=f"{stage}.{key}")
 
 
-PERSONA, IDENTITY = "persona", "identity"
-PERSONA_WEIGHT = 0.1  # of a mixture that does not name it
-
-
-def add_persona(
-    recipe: Recipe, stage: ChatStage, split: Split, world: World
-) -> dict[str, Callable[[int], Any]]:
-    """The kind of conversation that makes the assistant a persona; none where none is asked for."""
-    name = getattr(recipe, stage).persona
-    if name is None:
-        return {}
-
-    def base(kind: str, index: int) -> dict[str, Any]:
-        return world.conversation(
-            stage, kind, index + (0 if split == "train" else HELD_OUT_PROBLEMS)
-        )
-
-    made = PersonaConversations(load_persona(name), base, f"{recipe.data.seed}|{stage}|{split}")
-    return {PERSONA: made}
-
-
-def persona_of(recipe: Recipe, stage: str) -> Persona | None:
-    """Who the model of a stage is to be: the last that it was trained on."""
-    for earlier in ("sft", "mid") if stage != "mid" else ("mid",):
-        name = getattr(recipe, earlier).persona
-        if name is not None:
-            return load_persona(name)
-    return None
-
-
-def talks_of(
-    recipe: Recipe, stage: str, count: int, dialogues: Sequence[Any], world: World
-) -> chat_quality.Material:
-    """What shows whether the chat is any good: dialogues, and probes and facts of a world."""
-    probes = [item for item in world.exam("world_chat") if "fact" not in item]
-    facts = world.exam("world_facts")
-    return chat_quality.Material(
-        dialogues, probes[:count], facts[:count], persona_of(recipe, stage)
-    )
-
-
 def weights_of(
     section: Any, kinds: Mapping[str, Documents], standard: dict[str, float]
 ) -> dict[str, float]:
@@ -211,59 +174,6 @@ def _mixture(
     return mixture, {kind: weight / total for kind, weight in used.items()}
 
 
-Extra = dict[str, Sequence[dict[str, Any]]]
-
-
-def extra_files(recipe: Recipe) -> dict[str, Extra]:
-    """The user's own conversation files, by stage and file name; UserError if one is broken."""
-    return {
-        stage: {path: read_conversations(path) for path in getattr(recipe, stage).files}
-        for stage in ("mid", "sft")
-    }
-
-
-def extra_conversations(extra: dict[str, Extra], stage: str) -> Extra:
-    """Those of one stage."""
-    return extra.get(stage, {})
-
-
-class Problems:
-    """What reinforcement practises on: an endless order of training problems, and from
-    HELD_OUT_PROBLEMS on those that are kept for measuring."""
-
-    def __init__(self, train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:
-        self._train, self._held_out = train, held_out
-
-    @classmethod
-    def of_files(cls, recipe: Recipe) -> Problems | None:
-        """Those of [rl] files; None where it names none."""
-        rows = Joined([read_problems(path) for path in recipe.rl.files])
-        return cls(problems_of(rows, "train"), problems_of(rows, "val")) if len(rows) else None
-
-    def __call__(self, index: int) -> dict[str, Any] | None:
-        held = index >= HELD_OUT_PROBLEMS
-        rows = self._held_out if held else self._train
-        return rows[(index - HELD_OUT_PROBLEMS if held else index) % len(rows)] if rows else None
-
-
-def manifest_of(recipe: Recipe, extra: dict[str, Extra]) -> dict[str, Any]:
-    """What the user's own files hold, so that an edit is noticed; empty without files."""
-
-    def digest(rows: Iterable[Any]) -> str:
-        return hashlib.sha256(canonical_json(list(rows)).encode("utf-8")).hexdigest()
-
-    chats = {path: digest(rows) for files in extra.values() for path, rows in files.items()}
-    problems = [digest(read_problems(path)) for path in recipe.rl.files]
-    # functions of the user's own in [rl] rewards: their text is what they do
-    code = {name.rpartition(":")[0] for name in recipe.rl.rewards or () if ":" in name}
-    rewards = [digest([Path(file).read_text(encoding="utf-8")]) for file in sorted(code)]
-    named = {n for n in (recipe.mid.persona, recipe.sft.persona) if n is not None}
-    who = [digest([dataclasses.asdict(load_persona(name))]) for name in sorted(named)]
-    found = {"conversations": chats.values(), "problems": problems, "rewards": rewards}
-    found["personas"] = who
-    return {name: sorted(digests) for name, digests in found.items() if digests}
-
-
 class WorldMaterial:
     """Everything made by one world."""
 
@@ -280,7 +190,7 @@ class WorldMaterial:
         )
 
     def manifest(self) -> dict[str, Any]:
-        return {"world": self.world.manifest()} | manifest_of(self.recipe, self._extra)
+        return {"world": self.world.manifest()} | manifest_of(self._extra)
 
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
         documents = (self.world.document("train", i).text for i in itertools.count())
@@ -398,7 +308,7 @@ class TextMaterial:
                 "text": self.corpus.manifest(),
                 "tasks": [list(row) for row in self.files.manifest()],
                 "world": self.world.manifest(),
-            } | manifest_of(self.recipe, self._extra)
+            } | manifest_of(self._extra)
         return self._manifest
 
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:

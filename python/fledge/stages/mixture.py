@@ -15,7 +15,8 @@ from typing import Any
 
 from fledge.config import Recipe
 from fledge.data.loader import Documents, Loader, Mixture
-from fledge.stages.material import ChatStage, open_material
+from fledge.stages.material import open_material
+from fledge.stages.own_files import ChatStage
 from fledge.tokenizer import Tokenizer
 
 SAMPLE = 32  # conversations of each kind that are rendered for the table
@@ -68,7 +69,7 @@ def as_json(table: Mapping[str, Kind]) -> dict[str, Any]:
 def lines(table: Mapping[str, Kind]) -> list[str]:
     """The table as text, one line per kind."""
     header = ("kind", "weight", "of tokens", "rows", "tokens", "learnt", "to read", "passes")
-    cells = [header]
+    cells: list[tuple[str, ...]] = [header]
     for kind, row in table.items():
         cells.append(
             (

@@ -13,7 +13,7 @@ from fledge.model import Transformer
 from fledge.stages.chats import write_replies
 from fledge.stages.context import StageContext
 from fledge.stages.inference import stage_engine
-from fledge.stages.material import HELD_OUT_PROBLEMS
+from fledge.stages.own_files import HELD_OUT_PROBLEMS
 from fledge.stages.training import TrainedStage
 from fledge.tokenizer.chat import render_prompt
 from fledge.train.rl import Graded, RlConfig, train_rl
