@@ -378,12 +378,25 @@ def test_refill_replaces_groups_of_equal_reward():
         assert useful > 2.5  # of four wanted, where two came without
 
 
+def test_every_problem_draws_its_own_numbers():
+    """The same prompt sixteen times: with one seed all groups would be alike."""
+    model = tiny_model(TOKENIZER.vocab_size)
+    items = [({}, [3, 4])] * 4
+    with Tools() as tools:
+        engine = Engine(model, TOKENIZER, deterministic=True)
+        found = rl.sample_groups(engine, tools, items, even_share, config(), first=8)
+        again = rl.sample_groups(engine, tools, items[:2], even_share, config(), first=10)
+    rows = [[r.ids for r in group] for group in found]
+    assert len({str(group) for group in rows}) == 4
+    assert [[r.ids for r in group] for group in again] == rows[2:], "by the problem's number"
+
+
 def test_overlong_answers_may_be_masked():
     """All answers are cut at four tokens but those that stop: masked, only the latter teach."""
     rows = rollouts_of()
     job = job_of(tiny_model(TOKENIZER.vocab_size), Hooks(), 1)
 
-    def sample(first: int, count: int, seed: int) -> list[list[rl.Rollout]]:
+    def sample(first: int, count: int) -> list[list[rl.Rollout]]:
         return [rows]
 
     counted = rl.collect(job, 0, sample, config())

@@ -269,16 +269,20 @@ def sample_groups(
     reward: Reward,
     config: RlConfig,
     *,
-    seed: int,
+    first: int,
 ) -> list[list[Rollout]]:
-    """`samples_per_prompt` rewarded answers to every problem."""
-    params = SamplingParams(
-        max_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=config.seed * 1_000_003 + seed,
-        n=config.samples_per_prompt,
-        logprobs_at_temperature=True,
-    )
+    """`samples_per_prompt` rewarded answers to problems `first`, first + 1, ..."""
+    # each problem draws its own numbers: with one seed for all they would explore alike
+    params = [
+        SamplingParams(
+            max_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed * 1_000_003 + number,
+            n=config.samples_per_prompt,
+            logprobs_at_temperature=True,
+        )
+        for number in range(first, first + len(items))
+    ]
     groups = engine.generate([prompt for _, prompt in items], params, tools)
     return [
         group_rollouts(prompt, group, [reward(item, c) for c in group], config.loss)
@@ -307,12 +311,12 @@ def group_rollouts(
 def collect(
     job: Job,
     step: int,
-    sample: Callable[[int, int, int], list[list[Rollout]]],
+    sample: Callable[[int, int], list[list[Rollout]]],
     config: RlConfig,
 ) -> Batch:
     """The rollouts of a step, refilled where that is asked for.
 
-    `sample(first problem, how many, seed)`. Without refill, groups of equal rewards stay among what
+    `sample(first problem, how many)`. Without refill, groups of equal rewards stay among what
     is learnt from: they add nothing, but count in the divisors. With it they are dropped and
     replaced by new problems, at most `refill_rounds` times. Of several ranks each samples its
     share of the problems.
@@ -322,8 +326,7 @@ def collect(
     missing = config.prompts_per_step
     for round_ in range(rounds):
         first, share = (step * rounds + round_) * config.prompts_per_step, job.world.share(missing)
-        seed = step if round_ == 0 else (step * rounds + round_) * 7919
-        groups += sample(first + share.start, share.stop - share.start, seed)
+        groups += sample(first + share.start, share.stop - share.start)
         useful = sum(any(r.advantage for r in group) for group in groups)
         missing = config.prompts_per_step - round(job.world.sum_number(useful))
         if missing <= 0:
@@ -354,9 +357,9 @@ def train_rl(
     number is skipped; what follows is `train.loop.recover`'s business.
     """
 
-    def sample(first: int, count: int, seed: int) -> list[list[Rollout]]:
+    def sample(first: int, count: int) -> list[list[Rollout]]:
         items = [problem(i) for i in range(first, first + count)]
-        return sample_groups(engine, tools, items, reward, config, seed=seed) if items else []
+        return sample_groups(engine, tools, items, reward, config, first=first) if items else []
 
     for step in range(job.start, job.schedule.steps):
         began = time.perf_counter()
