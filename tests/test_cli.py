@@ -62,7 +62,7 @@ def test_help_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     "verb",
     [
         *("plan", "doctor", "eval", "chat", "serve", "report", "bench", "data", "tok"),
-        *("data list", "data make", "data check", "data stats"),
+        *("data list", "data make", "data check", "data show", "data stats"),
         *("tok train", "tok eval", "tok encode", "tok decode"),
     ],
 )

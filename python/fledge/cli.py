@@ -501,7 +501,7 @@ VERBS: dict[str, Verb] = {
     "data": Verb(
         verb_data,
         "list | download SOURCE | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE\n"
-        "      | overlap RUN|TEXT... | stats PATH",
+        "      | show RUN | overlap RUN|TEXT... | stats PATH",
         "worlds and your own text",
     ),
     "tok": Verb(verb_tok, "train|eval|encode|decode|bench ...", "the tokenizer by itself"),

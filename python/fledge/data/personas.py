@@ -82,7 +82,9 @@ BUILT_IN = ("warm", "terse", "playful")
 def load_persona(name_or_path: str) -> Persona:
     """A built-in persona, or that of a TOML file. UserError names what is wrong with it."""
     if name_or_path in BUILT_IN:
-        text = (resources.files("fledge") / "personas" / f"{name_or_path}.toml").read_text("utf-8")
+        text = (
+            resources.files("fledge.data") / "persona_files" / f"{name_or_path}.toml"
+        ).read_text("utf-8")
         return parse_persona(text, where=name_or_path)
     path = Path(name_or_path)
     if not path.is_file():
