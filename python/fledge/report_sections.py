@@ -158,6 +158,7 @@ CHAT_MEASURES = {
     "repeats": "four-word runs said before in the same reply",
     "recalls": "probes that use what was told a turn before",
     "flips": "right answers given up when the user asserts a wrong one",
+    "calls": "problems answered with a tool call in good form",
     "persona": "probes answered in character",
     "bpb": "bits per byte of the assistant's part",
 }

@@ -129,6 +129,25 @@ def test_a_real_model_and_a_context_that_is_too_small():
         scores, told = examine(engine, tools, Material([TALK, long], [], []))
         again, _ = examine(engine, tools, Material([TALK, long], [], []))
     assert scores == again
-    assert told[1] == {"messages": [], "replies": []}
+    assert told[1] == {"messages": []}
     json.dumps(told)
-    assert chat_quality.MOST_TURNS == 3 and 1 <= len(told[0]["replies"]) <= 3
+    replies = [m for m in told[0]["messages"] if m["role"] == "assistant"]
+    assert chat_quality.MOST_TURNS == 3 and 1 <= len(replies) <= 3
+
+
+def part(kind: str, text: str) -> dict[str, str]:
+    return {"type": kind, "text": text}
+
+
+def test_a_tool_call_in_good_form():
+    good = [part("text", "We add."), part("python", "1+1"), part("output", "2"), part("text", "2")]
+    assert chat_quality.called_well(good)
+    for bad in (
+        [part("text", "2")],
+        [part("python", "1+1")],
+        [part("python", "1+"), part("output", "SyntaxError: invalid syntax")],
+        [*good, part("python", "3")],
+    ):
+        assert not chat_quality.called_well(bad)
+    problems = [{"messages": [user("1+1?")]}]
+    assert look(Parrot(lambda _: "2"), problems=problems)["calls"]["value"] == 0.0

@@ -4,6 +4,7 @@
     repeats    share of runs of four words that occurred before in the same reply
     recalls    share of probes in which the model uses what the user told it a turn before
     flips      of facts it got right: how often it takes over a wrong value that the user asserts
+    calls      share of problems answered with a tool call in good form: closed, and without error
     persona    share of probes answered in character (`data.personas`)
     bpb        bits per byte of the assistant's part of the dialogues
 
@@ -18,7 +19,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fledge.data import personas
 from fledge.engine import Engine, SamplingParams
@@ -37,21 +38,31 @@ OBJECTION = "No, that is wrong. The answer is {wrong}."
 
 @dataclass(frozen=True)
 class Material:
-    """What is asked: whole conversations; probes {"messages", "answer"}; facts with "rivals"."""
+    """What is asked: whole conversations; probes {"messages", "answer"}; facts with "rivals";
+    problems {"messages"} that need a sum."""
 
     dialogues: Sequence[Mapping[str, Any]]
     probes: Sequence[Mapping[str, Any]]
     facts: Sequence[Mapping[str, Any]]
+    problems: Sequence[Mapping[str, Any]] = ()
     persona: personas.Persona | None = None
+
+
+class Reply(NamedTuple):
+    """The final text, whether it ended by itself, and the parts {type, text} before it."""
+
+    text: str
+    stopped: bool
+    parts: list[dict[str, str]]
 
 
 @dataclass
 class Talk:
-    """A dialogue as it goes on; None stands for a reply that found no room."""
+    """A dialogue as it goes on."""
 
     asked: list[Message]  # the users' turns that are still to come
     messages: list[Message] = field(default_factory=list)
-    replies: list[tuple[str, bool]] = field(default_factory=list)  # (final text, stopped)
+    replies: list[Reply] = field(default_factory=list)
 
 
 def measure(engine: Engine, tools: Tools, material: Material) -> dict[str, Score]:
@@ -69,22 +80,24 @@ def examine(
     replies = [reply for talk in talks for reply in talk.replies]
     scores: dict[str, Score] = {}
     if replies:
-        scores["stops"] = _share([stopped for _, stopped in replies])
-        scores["repeats"] = _mean([repeated_share(text) for text, _ in replies])
+        scores["stops"] = _share([reply.stopped for reply in replies])
+        scores["repeats"] = _mean([repeated_share(reply.text) for reply in replies])
     probes = _answers(engine, tools, [list(p["messages"]) for p in material.probes])
     found = [
-        _names(text, [p["answer"], *p.get("accept", ())])
-        for p, (text, _) in zip(material.probes, probes, strict=True)
+        _names(reply.text, [p["answer"], *p.get("accept", ())])
+        for p, reply in zip(material.probes, probes, strict=True)
     ]
     if found:
         scores["recalls"] = _share(found)
     scores |= _flips(engine, tools, material.facts)
+    sums = _answers(engine, tools, [list(p["messages"]) for p in material.problems])
+    if sums:
+        scores["calls"] = _share([called_well(reply.parts) for reply in sums])
     if material.persona is not None:
         scores["persona"] = _persona(engine, tools, material.persona)
     if material.dialogues:
         scores["bpb"] = bits_per_byte(engine, material.dialogues)
-    told = [{"messages": talk.messages, "replies": talk.replies} for talk in talks]
-    return scores, told
+    return scores, [{"messages": talk.messages} for talk in talks]
 
 
 # ----------------------------------------------------------------------------------------- talking
@@ -107,16 +120,14 @@ def _take_turn(engine: Engine, tools: Tools, talks: Sequence[Talk]) -> None:
             talk.messages.pop()
             continue
         talk.replies.append(reply)
-        talk.messages.append({"role": "assistant", "content": reply[0] or "(nothing)"})
+        talk.messages.append({"role": "assistant", "content": reply.text or "(nothing)"})
 
 
-NO_ROOM = ("", False)
+NO_ROOM = Reply("", False, [])
 
 
-def _answers(
-    engine: Engine, tools: Tools, asked: Sequence[Sequence[Message]]
-) -> list[tuple[str, bool]]:
-    """Greedy (final text, stopped by itself) after each list of messages; NO_ROOM where nothing
+def _answers(engine: Engine, tools: Tools, asked: Sequence[Sequence[Message]]) -> list[Reply]:
+    """Greedy replies after each list of messages; NO_ROOM where nothing
     fits beside a reply, after older exchanges were dropped."""
     prompts, places = [], []
     room = engine.context - min(MOST_TOKENS, engine.context // 2)
@@ -125,12 +136,12 @@ def _answers(
         if kept is not None:
             prompts.append(render_prompt(engine.tokenizer, kept["messages"]))
             places.append(i)
-    found: list[tuple[str, bool]] = [NO_ROOM] * len(asked)
+    found = [NO_ROOM] * len(asked)
     params = SamplingParams(max_tokens=MOST_TOKENS, logprobs=False)
     done = engine.generate(prompts, params, tools) if prompts else []
     for i, (completion,) in zip(places, done, strict=True):
         parts = split_parts(engine.tokenizer, completion.ids)
-        found[i] = (answer_text(parts), completion.finish_reason == "stop")
+        found[i] = Reply(answer_text(parts), completion.finish_reason == "stop", parts)
     return found
 
 
@@ -142,7 +153,7 @@ def _flips(engine: Engine, tools: Tools, facts: Sequence[Mapping[str, Any]]) -> 
     usable = [fact for fact in facts if fact.get("rivals")]
     first = _answers(engine, tools, [list(fact["messages"]) for fact in usable])
     right, talks = [], []
-    for fact, (text, _) in zip(usable, first, strict=True):
+    for fact, (text, _, _) in zip(usable, first, strict=True):
         known = [fact["answer"], *fact.get("accept", ())]
         if not _names(text, known) or _names(text, fact["rivals"]):
             continue
@@ -158,7 +169,7 @@ def _flips(engine: Engine, tools: Tools, facts: Sequence[Mapping[str, Any]]) -> 
     second = _answers(engine, tools, talks)
     flipped = [
         _names(text, [fact["rivals"][0]]) and not _names(text, [fact["answer"]])
-        for fact, (text, _) in zip(right, second, strict=True)
+        for fact, (text, _, _) in zip(right, second, strict=True)
     ]
     return {"flips": _share(flipped)} if flipped else {}
 
@@ -168,7 +179,7 @@ def _persona(engine: Engine, tools: Tools, persona: personas.Persona) -> Score:
     probes = personas.probes(persona, 64)
     replies = _answers(engine, tools, [messages for _, messages in probes])
     checks = [
-        personas.keeps(who, text) for (who, _), (text, _) in zip(probes, replies, strict=True)
+        personas.keeps(who, reply.text) for (who, _), reply in zip(probes, replies, strict=True)
     ]
     own, asked = checks[::2], checks[1::2]
     score = _share([all(check.values()) for check in checks])
@@ -198,6 +209,16 @@ def bits_per_byte(engine: Engine, dialogues: Sequence[Mapping[str, Any]]) -> Sco
                 size += len(tokenizer.token_bytes(token))
     value = bits / size if size else None
     return _score(value, None, None, len(rows), "bits per byte")
+
+
+def called_well(parts: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a tool was called, each call was closed and answered, and no answer is an error."""
+    calls = [i for i, part in enumerate(parts) if part["type"] == "python"]
+    answers = [parts[i + 1] if i + 1 < len(parts) else {"type": "", "text": ""} for i in calls]
+    return bool(calls) and all(
+        a["type"] == "output" and not re.match(r"\w*(?:Error|Exception)\b", a["text"])
+        for a in answers
+    )
 
 
 def _names(text: str, phrases: Sequence[str]) -> bool:

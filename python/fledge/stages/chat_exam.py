@@ -48,6 +48,7 @@ def kept(run: Run, stage: str, *, count: int, key: str) -> dict[str, Any] | None
 def describe(scores: dict[str, Any]) -> str:
     """One line for the log."""
     words = {"stops": "stops by itself", "repeats": "repeats", "recalls": "recalls",
-             "flips": "gives in to a wrong claim", "persona": "in character"}  # fmt: skip
+             "flips": "gives in to a wrong claim", "calls": "calls its tool well",
+             "persona": "in character"}  # fmt: skip
     told = [f"{words[n]} {s['value']:.0%}" for n, s in scores.items() if n in words]
     return "chat: " + ", ".join(told or ["nothing to ask"])

@@ -245,7 +245,14 @@ class WorldMaterial:
 
     def talks(self, stage: str, count: int) -> chat_quality.Material:
         unseen = [self.world.conversation("sft", "chat", UNSEEN_CHATS + i) for i in range(count)]
-        return talks_of(self.recipe, stage, count, unseen, self.world)
+        return talks_of(
+            self.recipe,
+            stage,
+            count,
+            dialogues=unseen,
+            problem=self.problem,
+            world=self.world,
+        )
 
     def sample_prompts(self) -> list[str]:
         facts = self.world.facts
@@ -358,7 +365,14 @@ class TextMaterial:
         if not unseen:
             ids = range(UNSEEN_CHATS, UNSEEN_CHATS + count)
             unseen = [self.world.conversation("sft", "chat", i) for i in ids]
-        return talks_of(self.recipe, stage, count, unseen, self.world)
+        return talks_of(
+            self.recipe,
+            stage,
+            count,
+            dialogues=unseen,
+            problem=self.problem,
+            world=self.world,
+        )
 
     def sample_prompts(self) -> list[str]:
         texts = [self.corpus.val[i] for i in range(min(5, len(self.corpus.val)))]

@@ -22,6 +22,7 @@ from fledge.files import canonical_json
 
 Split = Literal["train", "val"]
 ChatStage = Literal["mid", "sft"]
+WITH_A_TOOL = ("math", "gsm8k")  # kinds of problems whose examples call the tool
 HELD_OUT_PROBLEMS = 10_000_000  # problems from this index on are never trained on
 
 Extra = dict[str, Sequence[dict[str, Any]]]
@@ -115,11 +116,20 @@ def persona_of(recipe: Recipe, stage: str) -> Persona | None:
 
 
 def talks_of(
-    recipe: Recipe, stage: str, count: int, dialogues: Sequence[Any], world: World
+    recipe: Recipe,
+    stage: str,
+    count: int,
+    *,
+    dialogues: Sequence[Any],
+    problem: Callable[[int], dict[str, Any] | None],
+    world: World,
 ) -> chat_quality.Material:
-    """What shows whether the chat is any good: dialogues, and probes and facts of a world."""
+    """What shows whether the chat is any good: dialogues and held-out problems of the material,
+    probes and facts of a world."""
     probes = [item for item in world.exam("world_chat") if "fact" not in item]
     facts = world.exam("world_facts")
+    found = [problem(HELD_OUT_PROBLEMS + i) for i in range(2 * count)]
+    sums = [item for item in found if item is not None and item.get("kind") in WITH_A_TOOL]
     return chat_quality.Material(
-        dialogues, probes[:count], facts[:count], persona_of(recipe, stage)
+        dialogues, probes[:count], facts[:count], sums[:count], persona_of(recipe, stage)
     )
