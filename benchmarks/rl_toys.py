@@ -12,6 +12,7 @@ benchmarks/rl_toys.md.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import random
 import sys
@@ -43,7 +44,7 @@ SHOWN_UNTIL = 0.12  # of the held-out problems
 RATES = (0.0012, 0.0024, 0.0012, 0.0012)
 _KINDS = ("python", "output")
 TOOL = {f"<|{kind}_{end}|>": VOCAB + 1 for kind in _KINDS for end in ("start", "end")}
-TABLE = Path(__file__).with_suffix(".md")
+RESULTS, TABLE = (Path(__file__).with_suffix(end) for end in (".json", ".md"))
 
 
 class Symbols:
@@ -202,11 +203,14 @@ def learn(name: str, loss: Any, seed: int = 0) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="skills that are learnt by reinforcement")
     parser.add_argument("toys", nargs="*", default=[*TOYS])
     parser.add_argument("--loss", default="dapo")
     args = parser.parse_args()
-    found = [learn(name, args.loss) for name in args.toys]
+    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    stored |= {name: learn(name, args.loss) for name in args.toys}
+    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+    found = [stored[name] for name in TOYS if name in stored]
     lines = [
         "# Skills by reinforcement, from nothing",
         "",

@@ -140,7 +140,7 @@ def table(stored: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="sampling for reinforcement, three ways")
     parser.add_argument("--run", help="a run with an sft model; without it random weights of d4")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8)
@@ -148,12 +148,13 @@ def main() -> None:
     args = parser.parse_args()
     size = (args.repeats, args.prompts, args.samples)
     entry = stage(args.run, *size) if args.run else shape(*size)
-    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"entries": {}}
+    empty: dict[str, Any] = {"entries": {}}
+    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else empty
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else ():
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
-    stored |= {"threads": torch.get_num_threads(), "cpu": cpu, "torch": torch.__version__,
+    stored |= {"threads": torch.get_num_threads(), "cpu": cpu, "torch": str(torch.__version__),
                "date": str(date.today())}  # fmt: skip
     stored["entries"][entry["what"]] = entry
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
