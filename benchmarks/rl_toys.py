@@ -84,7 +84,7 @@ def add(rng: random.Random) -> tuple[list[int], list[int]]:
     return [BOS, a // 10, a % 10, PLUS, b // 10, b % 10, EQUALS], digits
 
 
-TOYS = {"copy": Toy(copy, 4, 200), "sort": Toy(sort, 4, 450), "add": Toy(add, 3, 500)}
+TOYS = {"copy": Toy(copy, 4, 200), "sort": Toy(sort, 4, 600), "add": Toy(add, 3, 1000)}
 
 
 def held_out(prompt: list[int]) -> bool:
@@ -148,13 +148,12 @@ def graded(item: dict[str, Any], completion: Completion) -> rl.Graded:
 
 def show(model: Transformer, engine: Engine, toy: Toy, until: float) -> int:
     """Supervised steps on worked examples until `until` of the held-out ones are right."""
-    optimizers = Optimizers(model, LearningRates(0.02, 0.02, 0.01, 0.01, 0.0))
+    optimizers = Optimizers(model, LearningRates(0.01, 0.01, 0.005, 0.005, 0.0))
     for step in range(5000):
-        if step % 2 == 0:
-            model.eval()
-            if exact(engine, toy, 200) >= until:
-                return step
-            model.train()
+        model.eval()
+        if exact(engine, toy, 200) >= until:
+            return step
+        model.train()
         rows = [draw(toy, f"shown {step} {i}", kept=False) for i in range(128)]
         ids = torch.tensor([[*p, *a, END] for p, a in rows])
         weights = torch.zeros(ids.shape)

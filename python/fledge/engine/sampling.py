@@ -113,7 +113,8 @@ def _sample_kind(
         values, ids = best(logits, top_k)
         shares = _truncate((values.float() / temperature).softmax(dim=-1), params)
         return ids.gather(1, _invert(shares, uniforms)[:, None])[:, 0]
-    scaled = logits.float() / temperature
+    # a division by 1 changes nothing and costs a pass over all logits
+    scaled = logits.float() if set(column) == {1.0} else logits.float() / temperature
     if name == "all":
         return _invert(scaled.softmax(dim=-1), uniforms)
     return _sample_nucleus(scaled, uniforms, params)
