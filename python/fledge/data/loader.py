@@ -26,7 +26,7 @@ class Documents(Protocol):
         ...
 
 
-COUNTED = ("read", "shortened", "dropped", "untrained")
+COUNTED: tuple[str, ...] = ("read", "shortened", "dropped", "untrained")
 """What is counted of conversations: all that were read; those that lost whole turns to fit; those
 of which nothing fits; those without a token to train on."""
 

@@ -61,7 +61,7 @@ class ConversationDocuments:
         self.conversation = conversation
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.policy = policy
+        self.policy: Policy = policy
         self.counts = dict.fromkeys(COUNTED, 0)
 
     def piece(self, index: int) -> Piece:

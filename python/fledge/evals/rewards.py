@@ -176,7 +176,7 @@ def load(name: str, *, known: Mapping[str, Any]) -> Reward:
         raise UserError(
             f"{file} cannot be run", f"{type(error).__name__}: {error}", "mend it"
         ) from error
-    found = getattr(module, function, None)
+    found: Reward | None = getattr(module, function, None)
     if not callable(found):
         raise UserError(
             f"{file} has no function {function}",
