@@ -57,6 +57,7 @@ save_every = 1
 [evaluate]
 max_examples = 4
 samples = 2
+dialogues = 4
 
 [hardware]
 threads = 1

@@ -62,7 +62,7 @@ def test_help_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     "verb",
     [
         *("plan", "doctor", "eval", "chat", "serve", "report", "bench", "data", "tok"),
-        *("data list", "data make", "data check", "data stats"),
+        *("data list", "data make", "data check", "data show", "data stats"),
         *("tok train", "tok eval", "tok encode", "tok decode"),
     ],
 )
@@ -237,12 +237,15 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_overrides_reach_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.depth=3", "--base.tokens", "None", "--evaluate.stages", "mid", "sft"]
     words += ["--mid.mixture", "facts", "1", "prose", "0.5", "--data.world", "village"]
+    words += ["--rl.rewards", "answer", "1", "brief", "0.2", "--rl.files", "a.jsonl", "b.jsonl"]
     code, out, _ = call(capsys, "plan", "tiny", "--json", *words)
     assert code == 0
     plan = json.loads(out)
     assert plan["name"] == "tiny"
     assert plan["model"]["num_hidden_layers"] == 3
     assert plan["values"]["evaluate.stages"] == ["mid", "sft"]
+    assert plan["values"]["rl.rewards"] == {"answer": 1.0, "brief": 0.2}
+    assert plan["values"]["rl.files"] == ["a.jsonl", "b.jsonl"]
     assert plan["values"]["mid.mixture"] == {"facts": 1.0, "prose": 0.5}
     assert plan["values"]["base.tokens"] > 200_000  # the planner's, not the recipe's 131,072
 

@@ -89,7 +89,7 @@ def settings() -> set[str]:
 
 
 SUB_VERBS = {
-    "data": ("list", "download", "make", "check", "overlap", "stats"),
+    "data": ("list", "download", "make", "check", "show", "overlap", "stats"),
     "tok": ("train", "eval", "encode", "decode", "bench"),
 }
 

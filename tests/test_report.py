@@ -301,3 +301,21 @@ def test_lines_differ_in_more_than_colour() -> None:
     assert svg is not None
     assert "stroke-dasharray" in svg and "#0072b2" in svg and "#d55e00" in svg
     assert ">nats<" in svg and ">step<" in svg
+
+
+def test_the_look_at_the_chat_stands_in_the_report(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "tiny")
+    score = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 64, "chance": None, "unit": "share"}
+    bits = score | {"value": 0.125, "low": None, "high": None, "unit": "bits per byte"}
+    run.chat_file("sft").parent.mkdir(parents=True)
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    table = {"model": "x", "dialogues": 64, "scores": {"stops": score, "bpb": bits}}
+    run.chat_file("sft").write_text(json.dumps(table))
+    run.chat_samples_file("sft").write_text((json.dumps(talk) + "\n") * 25)
+    facts = report.render(run)
+    assert facts["stages"]["sft"]["chat"]["stops"] == score and "chat" not in facts["stages"]["mid"]
+    page = run.report_file("md").read_text()
+    assert "| replies that end by themselves | 50.0 % (40.0 to 60.0), n = 64 |" in page
+    assert "| bits per byte of the assistant's part | 0.125 |" in page
+    assert "sft: the first 20 dialogues, unpicked" in page
+    assert page.count("user:      Hi\nassistant: Yo") == 20

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge import files
-from fledge.config import Recipe, load_recipe, parse_recipe
+from fledge.config import LATER_KEYS, Recipe, load_recipe, parse_recipe
 from fledge.errors import Interrupted, UserError
 from fledge.fingerprint import changed_keys, fingerprint
 from fledge.plan.defaults import DEFAULTS
@@ -75,6 +75,29 @@ def test_skip_resume_start(tmp_path: Path) -> None:
         record = run.read_stage("tokenizer")
         assert record is not None
         assert (record["attempts"], record["seconds"]) == (2, 5.0)
+
+
+def test_a_run_from_before_a_key_goes_on_while_the_key_is_at_its_default(tmp_path: Path) -> None:
+    with open_run(tmp_path / "r") as run:
+        for stage in ("tokenizer", "base", "mid", "sft", "rl"):
+            do_stage(run, stage)
+        record = run.read_stage("rl")
+        assert record is not None
+        assert not set(record["parts"]["values"]) & set(LATER_KEYS)
+        content = json.loads(run.resolved_file.read_text())
+        for key in LATER_KEYS:  # as an older version wrote it
+            content["values"].pop(key)
+            content["rules"].pop(key)
+        run.resolved_file.write_text(json.dumps(content))
+    with open_run(tmp_path / "r") as run:
+        assert run.values["rl.loss"] == "reinforce"
+        assert run.stage_state("rl", run.stage_parts("rl", data=DATA)) == "skip"
+    with (
+        open_run(tmp_path / "r", changed(tiny(), "rl", loss="grpo")) as run,
+        pytest.raises(UserError, match="its stage rl") as caught,
+    ):
+        run.stage_state("rl", run.stage_parts("rl", data=DATA))
+    assert "rl.loss" in caught.value.why
 
 
 def test_a_changed_key_is_refused_by_name(tmp_path: Path) -> None:

@@ -284,7 +284,14 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _takes_many(key: str) -> bool:
-    return key.partition(".")[2].replace("-", "_") in ("tasks", "stages", "files", "mixture")
+    """Whether a key's value is several words: a list or a table."""
+    import dataclasses
+
+    from fledge import config
+
+    section, _, name = key.replace("-", "_").partition(".")
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(config.SECTIONS[section])}
+    return kinds.get(name, "").startswith(("tuple", "dict"))
 
 
 def override(recipe: Any, words: list[str]) -> Any:
@@ -501,7 +508,7 @@ VERBS: dict[str, Verb] = {
     "data": Verb(
         verb_data,
         "list | download SOURCE | make WORLD --out DIR [--csv FACTS.csv] [--seed N] | check FILE\n"
-        "      | overlap RUN|TEXT... | stats PATH",
+        "      | show RUN | overlap RUN|TEXT... | stats PATH",
         "worlds and your own text",
     ),
     "tok": Verb(verb_tok, "train|eval|encode|decode|bench ...", "the tokenizer by itself"),

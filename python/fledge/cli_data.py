@@ -21,6 +21,7 @@ def data(words: list[str]) -> int:
         "download": _download,
         "make": _make,
         "check": _check,
+        "show": _show,
         "overlap": _overlap,
         "stats": _stats,
     }
@@ -105,6 +106,33 @@ def _check(words: list[str]) -> int:
         print(problem)
     print(f"{args.file}: {len(problems) or 'no'} problem{'s' if len(problems) != 1 else ''}")
     return EXIT_USER_ERROR if problems else EXIT_DONE
+
+
+def _show(words: list[str]) -> int:
+    parser = Parser(
+        "data show",
+        "rows as a stage of a run is trained on them: what is learnt is green (or in [+ +])",
+    )
+    parser.add_argument("run", type=Path, help="a run that has its tokenizer")
+    parser.add_argument("--stage", choices=("mid", "sft"), default="sft")
+    parser.add_argument("--rows", type=positive, default=10)
+    parser.add_argument("--colour", choices=("auto", "ansi", "marks", "html"), default="auto")
+    args = parser.parse_args(words)
+    from fledge.run import Run
+    from fledge.stages import mixture
+    from fledge.tokenizer import Tokenizer
+
+    run = Run.read(args.run)
+    tokenizer, context = Tokenizer.load(run.tokenizer_dir), run.model.max_position_embeddings
+    colour = args.colour
+    if colour == "auto":
+        colour = "ansi" if sys.stdout.isatty() else "marks"
+    rows = mixture.rows_of(run.recipe, tokenizer, args.stage, context=context, count=args.rows)
+    for number, (ids, mask) in enumerate(rows, start=1):
+        head = f"row {number}: {len(ids)} of {context + 1} tokens, {sum(mask)} of them learnt"
+        text = mixture.as_text(tokenizer, ids, mask, colour=colour)
+        print(f"<p>{head}</p>\n<pre>{text}</pre>" if colour == "html" else f"{head}\n{text}\n")
+    return EXIT_DONE
 
 
 def _stats(words: list[str]) -> int:

@@ -33,6 +33,12 @@ def execution(default: Any) -> Any:
     return field(default=default, metadata={"execution": True})
 
 
+def later(default: Any) -> Any:
+    """A field that came after the first runs: in fingerprints only where it is not the default, so
+    that a run made before there was such a key goes on."""
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of one Transformer, in Hugging Face names (Qwen3 when arch is "qwen3").
@@ -211,8 +217,16 @@ class ChatSection:
     """Learning rate at the very end, as a share of the peak."""
     mixture: dict[str, float] | None = None
     """Weight of each kind of conversation (prose = base's text); absent = the data's own mix."""
+    epochs: dict[str, float] | None = later(None)  # noqa: RUF009
+    """Instead of mixture: passes over each kind, as in { gsm8k = 2, chat = 1 }; `tokens` says how
+    far it goes."""
     files: tuple[str, ...] = ()
     """Extra JSONL files of conversations in OpenAI's message format."""
+    persona: str | None = later(None)
+    """Who the assistant is: warm, terse, playful or a .toml file; a kind of conversation that takes
+    the place of identity (data/personas.py)."""
+    long_chats: Literal["start", "end", "drop"] = later("start")
+    """Of a conversation beyond the context: its first whole exchanges, its last, or nothing."""
     eval_every: int | None = None
     """Steps between two measurements of validation loss."""
     save_every: int | None = None
@@ -223,7 +237,7 @@ class ChatSection:
 
 @dataclass(frozen=True)
 class RlSection:
-    """[rl]: reinforcement (GRPO) on problems whose answer can be checked, with the python tool."""
+    """[rl]: reinforcement on problems whose answer can be checked, with the python tool."""
 
     steps: int | None = None
     """Optimizer steps; 0 skips the stage."""
@@ -235,6 +249,27 @@ class RlSection:
     """Longest rollout in tokens."""
     temperature: float | None = None
     """Sampling temperature of the rollouts."""
+    loss: Literal["reinforce", "grpo", "dr_grpo", "dapo", "cispo"] = later("reinforce")
+    """What is made small (formulas: train/rl.py); they differ in advantage, divisor and clip."""
+    eps_low: float = later(0.2)
+    """How far the ratio of new to old probability may fall before it is clipped."""
+    eps_high: float = later(0.28)
+    """How far it may rise (DAPO's clip-higher); both matter from updates_per_batch = 2 on."""
+    kl_beta: float = later(0.0)
+    """Weight of the divergence from sft's model (k3); 0 needs no second model."""
+    importance_cap: float = later(2.0)
+    """Largest weight of a token that the trainer thinks likelier than the sampler did."""
+    updates_per_batch: int = later(1)
+    """Optimizer steps on one batch of rollouts."""
+    refill_rounds: int = later(0)
+    """How often groups of equal rewards are dropped and replaced by new problems; 0 keeps them."""
+    overlong: Literal["count", "mask"] = later("count")
+    """Answers cut at max_new_tokens: learnt from like others, or left out."""
+    rewards: dict[str, float] | None = later(None)  # noqa: RUF009
+    """Weight of each reward: answer, format, stops, brief, tests, or FILE.py:FUNCTION of your own;
+    absent = answer alone."""
+    files: tuple[str, ...] = later(())
+    """JSONL files of your own problems (question, and answer or tests); absent = the data's own."""
     lr_scale: float | None = None
     """Learning rates as a share of base's peak."""
     warmup_steps: int | None = None
@@ -263,6 +298,8 @@ class EvaluateSection:
     """At most this many examples of a task; absent = all."""
     samples: int = 8
     """Transcripts per task that the report shows."""
+    dialogues: int = later(64)
+    """How many unseen dialogues, probes and facts show how good the chat is; 0 leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +340,14 @@ EXECUTION_KEYS = frozenset(
     if key.metadata.get("execution")
 )
 """The keys that change only speed or place."""
+
+LATER_KEYS: dict[str, Any] = {
+    f"{name}.{key.name}": key.default
+    for name, kind in SECTIONS.items()
+    for key in fields(kind)
+    if key.metadata.get("later")
+}
+"""Those that came later, with their defaults."""
 
 NUMERIC_KEYS = frozenset(KEYS) - EXECUTION_KEYS - {"data.source", "data.root"}
 """The keys that fingerprints are taken over. Where the data lies is none of them: its manifest says

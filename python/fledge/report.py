@@ -77,6 +77,9 @@ def gather(run: Run) -> dict[str, Any]:
             "scores": {**_bpb_score(run, stage, rows), **_scores(run, stage)},
         }
         tokens += stages[stage].get("tokens", 0)
+        if run.chat_file(stage).is_file():
+            table = files.read_json(run.chat_file(stage), {"scores": dict}, fix=DAMAGED)
+            stages[stage]["chat"] = table["scores"]
     return {
         "name": run.name,
         "model": {
@@ -189,10 +192,12 @@ def _curve_plots(run: Run) -> list[Plot]:
     rewards = {
         "sampled": curve("rl", "reward"),
         "greedy, held out": curve("rl", "validation_reward"),
+        "right at least once in a group": curve("rl", "pass_at_k"),
     }
     finished = {
         "finished by themselves": curve("rl", "finished_fraction"),
         "of use to the gradient": curve("rl", "useful_fraction"),
+        "cut or clipped (of tokens)": curve("rl", "clip_fraction"),
     }
     tps, trained = "tokens_per_second", ("base", "mid", "sft")
     wanted: list[tuple[str, str, dict[str, Any], str]] = [
@@ -202,6 +207,7 @@ def _curve_plots(run: Run) -> list[Plot]:
         ("speed", "Throughput", curves(tps, TRAINED_STAGES), "tokens per second"),
         ("reward", "Reward", _some(rewards), "share of right answers"),
         ("rollouts", "Sampled answers", _some(finished), "share of the answers"),
+        ("entropy", "Entropy of the next token in rl", curves("entropy", ("rl",)), "nats"),
     ]
     if share is not None:
         found = curves(tps, trained, share)

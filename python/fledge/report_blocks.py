@@ -17,6 +17,7 @@ from fledge.progress import format_count, format_seconds
 from fledge.report_pages import Block, Heading, Listing, Paragraph, Plot, Table
 from fledge.report_sections import (
     DAMAGED,
+    chat_blocks,
     core_blocks,
     hash_blocks,
     overlap_blocks,
@@ -53,6 +54,7 @@ def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) ->
         *(plot for plot in plots if plot.place == "scores"),
         *core_blocks(facts),
         *(plot for plot in plots if plot.place == "core"),
+        *chat_blocks(run, facts),
         *overlap_blocks(run),
     ]
     curves = [plot for plot in plots if plot.place == "curves"]
@@ -245,10 +247,27 @@ def _stage_blocks(run: Run, facts: dict[str, Any]) -> list[Block]:
         )
     for name in ("mid", "sft"):
         if run.mixture_file(name).is_file():
-            shares = files.read_json(run.mixture_file(name), fix=DAMAGED)
-            told = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())
-            blocks.append(Paragraph(f"Kinds of conversations in {name}: {told}."))
+            blocks += _mixture_blocks(name, files.read_json(run.mixture_file(name), fix=DAMAGED))
     return blocks
+
+
+def _mixture_blocks(stage: str, kinds: Mapping[str, Any]) -> list[Block]:
+    """What a stage of conversations read, by kind."""
+    rows = [
+        [
+            kind,
+            f"{100 * row['weight']:.1f} %",
+            f"{100 * row['token_share']:.1f} %",
+            f"{row['rows']:,}" if row["rows"] is not None else "endless",
+            f"{row['tokens']:.0f}",
+            f"{row['trained']:.0f}",
+            f"{row['epochs']:.2f}" if row["epochs"] is not None else "-",
+        ]
+        for kind, row in kinds.items()
+        if isinstance(row, dict)  # runs before 0.2 kept the weight alone
+    ]
+    header = ["kind", "weight", "of the tokens", "different", "tokens each", "learnt", "passes"]
+    return [Heading(f"What {stage} read", 3), Table(header, rows)] if rows else []
 
 
 def _sample_blocks(run: Run, facts: dict[str, Any]) -> list[Block]:

@@ -7,6 +7,7 @@ by `fledge.report_blocks`. Every figure is read from a file of the run; nothing 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,59 @@ def core_blocks(facts: Mapping[str, Any]) -> list[Block]:
         ),
         table,
     ]
+
+
+CHAT_MEASURES = {
+    "stops": "replies that end by themselves",
+    "repeats": "four-word runs said before in the same reply",
+    "recalls": "probes that use what was told a turn before",
+    "flips": "right answers given up when the user asserts a wrong one",
+    "calls": "problems answered with a tool call in good form",
+    "persona": "probes answered in character",
+    "bpb": "bits per byte of the assistant's part",
+}
+TRANSCRIPTS = 20
+
+
+def chat_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
+    """Is the chat any good: the measures of every stage, and the first dialogues as they came."""
+    measured = {s: t["chat"] for s, t in facts["stages"].items() if t.get("chat")}
+    if not measured:
+        return []
+    rows = [
+        [words, *(_chat_cell(scores.get(name)) for scores in measured.values())]
+        for name, words in CHAT_MEASURES.items()
+        if any(name in scores for scores in measured.values())
+    ]
+    count = max(score["n"] for scores in measured.values() for score in scores.values())
+    blocks: list[Block] = [
+        Heading("Is the chat any good?"),
+        Paragraph(
+            "Greedy replies in dialogues that no stage was trained on, at most three turns each, "
+            f"and probes; up to {count} of a kind, with 95 % intervals. All of it is counted, not "
+            "judged. A dash: nothing could be asked (no fact was known that one might give up)."
+        ),
+        Table(["share of", *measured], rows),
+    ]
+    for stage in measured:
+        path = run.chat_samples_file(stage)
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()[:TRANSCRIPTS]
+            blocks.append(Heading(f"{stage}: the first {len(lines)} dialogues, unpicked", 3))
+            blocks.append(Listing("\n\n".join(_dialogue(json.loads(line)) for line in lines)))
+    return blocks
+
+
+def _chat_cell(score: Mapping[str, Any] | None) -> str:
+    if score is None or score["value"] is None:
+        return "-"
+    if score["unit"] == "bits per byte":
+        return f"{score['value']:.3f}"
+    return f"{format_interval(score['value'], score['low'], score['high'])}, n = {score['n']}"
+
+
+def _dialogue(talk: Mapping[str, Any]) -> str:
+    return "\n".join(f"{m['role'] + ':':<11}{str(m['content']).strip()}" for m in talk["messages"])
 
 
 def hash_blocks(run: Run) -> list[Block]:

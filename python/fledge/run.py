@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from fledge import files, resolved
 from fledge.config import (
+    LATER_KEYS,
     NUMERIC_KEYS,
     STAGES,
     TRAINED_STAGES,
@@ -236,6 +237,14 @@ class Run:
         """Transcripts of one exam."""
         return self.evaluate_dir(stage) / f"{task}.samples.jsonl"
 
+    def chat_file(self, stage: str) -> Path:
+        """How good the chat of a stage's model is."""
+        return self.evaluate_dir(stage) / "chat" / "quality.json"
+
+    def chat_samples_file(self, stage: str) -> Path:
+        """The dialogues of that look."""
+        return self.evaluate_dir(stage) / "chat" / "dialogues.jsonl"
+
     def report_file(self, suffix: Literal["md", "html", "json"]) -> Path:
         """The report in one of its forms."""
         return self.path / f"report.{suffix}"
@@ -321,7 +330,9 @@ class Run:
             "values": {
                 key: value
                 for key, value in self.values.items()
-                if key in NUMERIC_KEYS and key.partition(".")[0] in sections
+                if key in NUMERIC_KEYS
+                and key.partition(".")[0] in sections
+                and not (key in LATER_KEYS and value in (LATER_KEYS[key], _plain(LATER_KEYS[key])))
             },
             "inputs": {n: r["fingerprint"] for n, r in records.items() if r is not None},
             "data": data,
@@ -407,6 +418,11 @@ class Run:
         files.write_json(self.resolved_file, self.resolved)
         files.write_text(self.recipe_file, recipe_to_toml(self.asked))
         self._pending = False
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: a tuple is a list there."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Run | None, str | None]:

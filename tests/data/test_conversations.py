@@ -13,6 +13,7 @@ import pytest
 from fledge.data import conversations as c
 from fledge.data.task_files import JsonRows, TaskData
 from fledge.errors import UserError
+from fledge.sandbox import arithmetic
 
 SHARED = Path(os.environ.get("FLEDGE_DATA") or Path(__file__).parents[3] / "shared" / "data")
 needs_data = pytest.mark.skipif(
@@ -83,6 +84,18 @@ def test_gsm8k_marks_become_python_parts() -> None:
     assert asked == ["48/2", "24*2.50"]
     problem = c.gsm8k_problem(GSM8K)
     assert problem["answer"] == "1060" and problem["messages"] == [c.user("How many?")]
+
+
+@needs_data
+def test_every_calculator_mark_of_gsm8k_is_what_the_tool_answers() -> None:
+    rows = TaskData(SHARED, use_hub=False).rows("gsm8k/train")
+    assert rows is not None
+    count = 0
+    for row in rows:
+        real = c.gsm8k_conversation(row, arithmetic.evaluate)["messages"][1]["content"]
+        assert real == c.gsm8k_conversation(row)["messages"][1]["content"]
+        count += sum(part["type"] == "python" for part in real)
+    assert count > 20_000
 
 
 def test_plain_numbers() -> None:

@@ -14,13 +14,15 @@ from tests.helpers_mini import ROOT, environment
 from tests.optim.ranks import go
 
 
-def ranks(folder, size: int, steps: int, first: int = 0, resume=None) -> list[dict]:
-    """Runs `ranks.py` in `size` processes that meet by torchrun's contract."""
+def ranks(
+    folder, size: int, steps: int, first: int = 0, resume=None, module="tests.optim.ranks"
+) -> list[dict]:
+    """Runs `ranks.py` (or another) in `size` processes that meet by torchrun's contract."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "tests.optim.ranks", folder, steps, first]
+    words = [sys.executable, "-m", module, folder, steps, first]
     if resume is not None:
         torch.save(resume, folder / "resume.pt")
         words.append(folder / "resume.pt")

@@ -99,6 +99,7 @@ def test_the_files_of_a_run(whole: Path) -> None:
         for task in EXAMS:
             assert {f"evaluate/{stage}/{task}{end}" for end in (".json", ".samples.jsonl")} <= names
         assert f"evaluate/{stage}/chatcore.json" in names
+        assert {f"evaluate/{stage}/chat/{n}" for n in ("quality.json", "dialogues.jsonl")} <= names
     assert not any(name.endswith(".tmp") for name in names)
 
 
@@ -121,6 +122,7 @@ def test_report_json_has_the_shape_that_programs_read(whole: Path) -> None:
     assert set(facts["stages"]) == set(STAGES)
     assert facts["model"]["depth"] == 1
     assert facts["model"]["training_tokens"] > 16_000
+    assert {"stops", "repeats", "recalls", "bpb"} <= set(facts["stages"]["sft"]["chat"])
     scores = facts["stages"]["sft"]["scores"]
     assert {*EXAMS, "chatcore", "bpb_chats"} == set(scores)
     assert all(scores[task]["n"] == 4 for task in EXAMS)

@@ -26,6 +26,11 @@ class Documents(Protocol):
         ...
 
 
+COUNTED: tuple[str, ...] = ("read", "shortened", "dropped", "untrained")
+"""What is counted of conversations: all that were read; those that lost whole turns to fit; those
+of which nothing fits; those without a token to train on."""
+
+
 class Batches(Protocol):
     """What a training loop reads: `Loader`, or `Ahead` of one."""
 
@@ -40,6 +45,7 @@ class Loader:
     def __init__(self, documents: Documents, *, row_tokens: int, pad_id: int, split: bool) -> None:
         # one token more than the context: inputs are row[:-1], targets row[1:]
         self.packer = Packer(documents.piece, row_tokens + 1, pad_id, split)
+        self._documents = documents
         self.padded = 0
         self.total = 0
 
@@ -53,11 +59,21 @@ class Loader:
         return ids, mask
 
     def state(self) -> dict:
-        return self.packer.state() | {"padded": self.padded, "total": self.total}
+        tables = [dict(table) for table in self.counts()]
+        counted = {"padded": self.padded, "total": self.total, "conversations": tables}
+        return self.packer.state() | counted
 
     def restore(self, state: dict) -> None:
+        # first: fetching again what waits must not count again
+        for table, kept in zip(self.counts(), state.get("conversations", ()), strict=False):
+            table.update(kept)
         self.packer.restore(state)
         self.padded, self.total = state["padded"], state["total"]
+
+    def counts(self) -> list[dict[str, int]]:
+        """What became of the conversations of every source that counts them (see COUNTED)."""
+        sources = getattr(self._documents, "sources", [self._documents])
+        return [source.counts for source in sources if hasattr(source, "counts")]
 
 
 class Ahead:

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fledge.errors import UserError
+
 Piece = tuple[np.ndarray, np.ndarray]  # token ids, loss mask: both [n], int32 and uint8
 
+MOST_EMPTY = 10_000  # documents in a row without a token: nothing is to be expected any more
 BUFFER_PIECES = 256  # how many waiting pieces best-fit may choose from
 _NO_LENGTHS = np.zeros(BUFFER_PIECES + 1, dtype=np.int64)  # one more: the rest of a cut document
 
@@ -55,13 +58,23 @@ class Packer:
         return self.buffer.pop(place)
 
     def _refill(self) -> None:
+        empty = 0
         while len(self.buffer) < BUFFER_PIECES:
             ids, _ = self._piece(self.cursor)
             assert self.split or len(ids) <= self.row_tokens, (len(ids), self.row_tokens)
             if len(ids):
                 self._insert(len(self.buffer), self.cursor, 0)
+                empty = 0
             else:
                 del self._pieces[self.cursor]
+                empty += 1
+                if empty >= MOST_EMPTY:
+                    raise UserError(
+                        f"{MOST_EMPTY:,} documents in a row leave nothing to train on",
+                        f"not one whole exchange of theirs fits into {self.row_tokens - 1} tokens, "
+                        "or none has an assistant's words",
+                        "raise model.max_seq_len, or leave that kind out of the mixture",
+                    )
             self.cursor += 1
 
     def _best_fit(self, room: int) -> int | None:

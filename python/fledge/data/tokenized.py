@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from fledge.data.loader import COUNTED
 from fledge.data.pack import Piece
 from fledge.tokenizer import Tokenizer
 from fledge.tokenizer.chat import render, window
@@ -37,8 +38,17 @@ class TextDocuments:
         return np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=np.uint8)
 
 
+Policy = Literal["start", "end", "drop"]
+NOTHING: Piece = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8)
+
+
 class ConversationDocuments:
-    """Conversations with their loss mask; one that is too long is cut by whole turns."""
+    """Conversations with their loss mask; none is ever cropped inside a turn.
+
+    One that is too long keeps its first or last whole exchanges, or is dropped, as `policy` says;
+    one of which nothing fits is dropped, and so is one without anything to train on. `counts` says
+    how many were read and what became of them: every index once, for indices only ever grow.
+    """
 
     def __init__(
         self,
@@ -46,24 +56,36 @@ class ConversationDocuments:
         tokenizer: Tokenizer,
         *,
         max_tokens: int,
+        policy: Policy = "start",
     ) -> None:
         self.conversation = conversation
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.windowed = 0
-        self.dropped = 0
+        self.policy: Policy = policy
+        self.counts = dict.fromkeys(COUNTED, 0)
 
     def piece(self, index: int) -> Piece:
-        conversation = self.conversation(index)
+        piece, fate = self._piece(self.conversation(index))
+        if index >= self.counts["read"]:  # else a resumed loader fetches again what it had waiting
+            self.counts["read"] = index + 1
+            if fate is not None:
+                self.counts[fate] += 1
+        return piece
+
+    def _piece(self, conversation: dict[str, Any]) -> tuple[Piece, str | None]:
         ids, mask = render(self.tokenizer, conversation)
+        fate = None
         if len(ids) > self.max_tokens:
-            kept = window(conversation, self.tokenizer, self.max_tokens)
-            if kept is None:  # not even one exchange fits
-                self.dropped += 1
-                return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8)
-            self.windowed += 1
+            kept = None
+            if self.policy != "drop":
+                kept = window(conversation, self.tokenizer, self.max_tokens, keep=self.policy)
+            if kept is None:
+                return NOTHING, "dropped"
+            fate = "shortened"
             ids, mask = render(self.tokenizer, kept)
-        return np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
+        if not any(mask):
+            return NOTHING, "untrained"
+        return (np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)), fate
 
 
 class Epochs:

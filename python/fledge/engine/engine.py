@@ -10,7 +10,7 @@ Never trains, never reads or writes a run.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -150,13 +150,21 @@ class Engine:
     # -- whole calls -----------------------------------------------------------------------------
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, tools: Tools | None = None
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        tools: Tools | None = None,
     ) -> list[list[Completion]]:
-        """`params.n` completions of every prompt, in the order of the prompts."""
+        """`params.n` completions of every prompt, in the order of the prompts; one `params` for
+        all, or one for each."""
         self._check(prompts)
-        ids = [self.add(Request(prompt, params, tools)) for prompt in prompts]
-        done = {i: [Completion([], [], [], "") for _ in range(params.n)] for i in ids}
-        for event in self._events_of(set(ids), len(ids) * params.n):
+        own = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        ids = [self.add(Request(p, o, tools)) for p, o in zip(prompts, own, strict=True)]
+        done = {
+            i: [Completion([], [], [], "") for _ in range(o.n)]
+            for i, o in zip(ids, own, strict=True)
+        }
+        for event in self._events_of(set(ids), sum(o.n for o in own)):
             choices = done[event.request_id]
             completion = choices[event.choice]
             completion.ids.append(event.token)

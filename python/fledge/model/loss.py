@@ -150,6 +150,21 @@ def _slopes(
     return log_likely, probabilities.to(x.dtype), 4.0
 
 
+@torch.no_grad()
+def token_logprobs(
+    x: Tensor, head: Tensor, targets: Tensor, *, cap: float | None, workspace: Workspace
+) -> Tensor:
+    """log softmax(x_n W^T)[target_n] of every row, [N], at least fp32; no gradient."""
+    step = chunk_rows(head.shape[0])
+    parts = [
+        _slopes(
+            x[at : at + step], head, targets[at : at + step, None], cap, workspace, needed=False
+        )
+        for at in range(0, x.shape[0], step)
+    ]
+    return torch.cat([log_likely[:, 0] for log_likely, _, _ in parts]) if parts else _wide(x[:, 0])
+
+
 def _wide(x: Tensor) -> Tensor:
     """At least fp32: softmax in half precision would lose the small probabilities."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -9,6 +9,7 @@ Never knows about tokens' text, files of a run, or optimizers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,12 @@ from fledge.model.attention import Attention
 from fledge.model.extras import CappedHead, SpeedrunDecoder, initialize_speedrun
 from fledge.model.kv_cache import AttentionView, KVCache
 from fledge.model.layers import Embedding, RMSNorm, SwiGLU, rotary_table
-from fledge.model.loss import Workspace, add_loss_gradients, linear_cross_entropy
+from fledge.model.loss import (
+    Workspace,
+    add_loss_gradients,
+    linear_cross_entropy,
+    token_logprobs,
+)
 
 
 class Block(nn.Module):
@@ -129,9 +135,7 @@ class Transformer(nn.Module):
 
     def add_gradients(self, ids: Tensor, targets: Tensor, weights: Tensor) -> float:
         """The same sum, its gradients added to every parameter's `grad`: a training step's pass."""
-        for parameter in self.parameters():
-            if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+        self._make_gradients()
         total = add_loss_gradients(
             self.hidden(ids).flatten(0, 1),
             self.lm_head.weight,
@@ -141,6 +145,40 @@ class Transformer(nn.Module):
             workspace=self.workspace,
         )
         return total.item()
+
+    def add_policy_gradients(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        trained: Tensor,
+        slopes: Callable[[Tensor], Tensor],
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        """Adds the gradients of any function of the trained tokens' log-probabilities.
+
+        ids, targets and trained (bool) are [B, T]. `slopes` is told the log-probabilities [N] of
+        the trained tokens, row by row, at `temperature`, and says the function's derivative by
+        each: by the chain rule that is a weighted sum of cross-entropies, for which no logits need
+        be held. One pass through the layers.
+        """
+        self._make_gradients()
+        cap = self.config.final_logit_softcapping
+        cap = None if cap is None else cap / temperature  # c tanh(l / c) / t: l and c over t
+        head, workspace = self.lm_head.weight, self.workspace
+        x, places = self.hidden(ids).flatten(0, 1) / temperature, trained.flatten().nonzero()[:, 0]
+        targets = targets.flatten()
+        logprobs = token_logprobs(
+            x.detach()[places], head.detach(), targets[places], cap=cap, workspace=workspace
+        )
+        weights = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        weights[places] = -slopes(logprobs).to(x.dtype)
+        add_loss_gradients(x, head, targets, weights, cap=cap, workspace=workspace)
+
+    def _make_gradients(self) -> None:
+        for parameter in self.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
     def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of every target in nats, [B, T], no gradient (validation, scoring)."""

@@ -95,6 +95,8 @@ def resolve(recipe: Recipe, hardware: Hardware) -> Plan:
 
 
 _ABSENT = {
+    "mid.persona": "absent means the data's own identity",
+    "sft.persona": "absent means the data's own identity",
     "data.source": "absent means the world, no text of your own",
     "base.law": "absent means the default ratio of tokens to parameters",
     "data.root": "absent means FLEDGE_DATA",
@@ -302,6 +304,13 @@ def _plan_chat(draft: _Draft, stage: str) -> None:
     )
     draft.put(f"{stage}.lr_scale", DEFAULTS.lr_scale[stage], "house default of the stage")
     draft.put(f"{stage}.mixture", None, "absent means the data's own mixture")
+    draft.put(f"{stage}.epochs", None, "absent means that mixture says it")
+    if draft.values[f"{stage}.mixture"] and draft.values[f"{stage}.epochs"]:
+        raise UserError(
+            f"{stage}.mixture and {stage}.epochs",
+            "both say how much of each kind is read",
+            "leave one of them out",
+        )
     _plan_schedule(draft, stage, tokens // batch)
 
 
@@ -316,6 +325,19 @@ def _plan_rl(draft: _Draft) -> None:
         ("lr_scale", DEFAULTS.lr_scale["rl"], "house default of the stage"),
     ):
         draft.put(f"rl.{key}", value, rule)
+    draft.put("rl.rewards", None, "absent means answer = 1: right, and stopped by itself")
+    for key, why, fix in (
+        ("temperature", "greedy answers to a problem are all alike: nothing to compare", "give 1"),
+        ("updates_per_batch", "a step updates the model at least once", "give 1 or more"),
+    ):
+        if draft.values.get(f"rl.{key}", draft.given.get(f"rl.{key}")) == 0:
+            raise UserError(f"rl.{key} = 0", why, fix)
+    if draft.values["rl.samples_per_prompt"] < 2 and draft.values["rl.steps"]:
+        raise UserError(
+            "rl.samples_per_prompt = 1",
+            "an answer is compared with the others to the same problem",
+            "give 2 or more, or leave rl out with --rl.steps 0",
+        )
     _plan_schedule(draft, "rl", draft.values["rl.steps"])
 
 
@@ -354,7 +376,7 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
 _MAY_BE_ZERO = {
     *("steps", "warmup_steps", "cooldown_fraction", "final_lr_fraction", "seed", "samples"),
     *("matrix_lr", "embed_lr", "norm_lr", "weight_decay", "lr_scale", "temperature"),
-    "row_variance",
+    *("dialogues", "row_variance", "eps_low", "eps_high", "kl_beta", "refill_rounds"),
 }
 _SHARES = {"cooldown_fraction", "final_lr_fraction", "row_variance"}
 

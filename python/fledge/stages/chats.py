@@ -6,9 +6,10 @@ from fledge import files
 from fledge.engine import SamplingParams
 from fledge.engine.tools import Tools
 from fledge.model import Transformer
+from fledge.stages import mixture
 from fledge.stages.context import StageContext
 from fledge.stages.inference import stage_engine
-from fledge.stages.material import ChatStage
+from fledge.stages.own_files import ChatStage
 from fledge.stages.training import run_training, write_samples
 from fledge.tokenizer.chat import render_prompt
 from fledge.tokenizer.reply import split_parts
@@ -19,11 +20,18 @@ SAMPLE_TOKENS = 96
 def run_chats(ctx: StageContext, stage: ChatStage, *, resume: bool) -> None:
     """Trains `stage` on its mixture of conversations; only assistant tokens are trained on."""
     room = ctx.run.model.max_position_embeddings
-    documents, shares = ctx.material.chats(stage, "train", ctx.tokenizer, max_tokens=room)
+    documents, _ = ctx.material.chats(stage, "train", ctx.tokenizer, max_tokens=room)
     validation, _ = ctx.material.chats(stage, "val", ctx.tokenizer, max_tokens=room)
-    files.write_json(ctx.run.mixture_file(stage), shares)
-    table = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-    ctx.progress.note(f"{stage}: mixture by conversations: {table}")
+    tokens = getattr(ctx.recipe, stage).tokens
+    assert tokens is not None
+    sample, shares = ctx.material.chats(stage, "train", ctx.tokenizer, max_tokens=room)
+    table = mixture.measure(sample, shares, tokens)
+    files.write_json(ctx.run.mixture_file(stage), mixture.as_json(table))
+    for line in [
+        f"{stage}: what it is about to read, by kind of conversation",
+        *mixture.lines(table),
+    ]:
+        ctx.progress.note(line)
     model = run_training(
         ctx, stage, documents=documents, validation=validation, split=False, resume=resume
     )

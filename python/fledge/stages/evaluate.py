@@ -28,6 +28,7 @@ from fledge.evals.tasks.worlds import EXAMS
 from fledge.model import Transformer
 from fledge.report import gather
 from fledge.run import Run, find_checkpoint
+from fledge.stages import chat_exam
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.inference import stage_engine
 from fledge.stages.material import open_material
@@ -104,6 +105,14 @@ def run(ctx: StageContext, *, resume: bool) -> None:
             ctx.progress.update(done)
             ctx.stop.raise_if_requested("evaluate")
         write_composites(ctx.run.evaluate_dir(stage), results, options)
+        if section.dialogues:
+            key = model_hash(folder)
+            found = chat_exam.kept(ctx.run, stage, count=section.dialogues, key=key)
+            if found is None:
+                found = chat_exam.take(
+                    candidate.engine, ctx.material, ctx.run, stage, count=section.dialogues, key=key
+                )
+            ctx.progress.note(f"{stage}: {chat_exam.describe(found)}")
 
 
 def write_composites(folder: Path, results: Sequence[TaskResult], options: Options) -> None:

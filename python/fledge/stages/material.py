@@ -8,41 +8,53 @@ the task files it can find, and says in `notes` what it lacks. Used by the stage
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from fledge.config import TRAINED_STAGES, Recipe
 from fledge.data.conversations import (
     chat_sources,
     default_weights,
     gsm8k_problems,
-    read_conversations,
+    held_out_chats,
 )
 from fledge.data.loader import Documents, Mixture
+from fledge.data.personas import load_persona
 from fledge.data.sources import open_corpus
 from fledge.data.task_files import TaskData
 from fledge.data.tokenized import ConversationDocuments, Epochs, TextDocuments
 from fledge.data.worlds import load_world
 from fledge.errors import UserError
+from fledge.evals import chat_quality
+from fledge.evals.rewards import Rewards
 from fledge.evals.tasks.base import Task
-from fledge.evals.tasks.gsm8k import answer_of, same_number
 from fledge.evals.tasks.registry import find_tasks
-from fledge.evals.tasks.worlds import EXAMS, find_world_tasks, grade
-from fledge.files import canonical_json
+from fledge.evals.tasks.worlds import EXAMS, find_world_tasks
 from fledge.sandbox import arithmetic
+from fledge.stages.own_files import (
+    HELD_OUT_PROBLEMS,
+    IDENTITY,
+    PERSONA,
+    PERSONA_WEIGHT,
+    ChatStage,
+    Extra,
+    Problems,
+    Split,
+    add_persona,
+    extra_conversations,
+    extra_files,
+    manifest_of,
+    talks_of,
+)
 from fledge.tokenizer import Tokenizer
-
-Split = Literal["train", "val"]
-ChatStage = Literal["mid", "sft"]
 
 PROSE = "prose"  # the kind of a mixture that stands for base's raw text
 ENTROPY_DOCUMENTS = 2000
 FILE_WEIGHT = 0.1  # weight of each of the user's own conversation files in the default mixture
 REPLAYED_PROSE = 10_000_000  # documents that mid and sft replay are other draws than base's
-HELD_OUT_PROBLEMS = 10_000_000  # problems from this index on are never trained on
+UNSEEN_CHATS = 30_000_000  # a world's dialogues from here on are for looking at the chat
 
 
 class Material(Protocol):
@@ -66,9 +78,9 @@ class Material(Protocol):
 
     def problem(self, index: int) -> dict[str, Any] | None: ...
 
-    def grade(self, item: dict[str, Any], text: str) -> bool: ...
-
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]: ...
+
+    def talks(self, stage: str, count: int) -> chat_quality.Material: ...
 
     def sample_prompts(self) -> list[str]: ...
 
@@ -83,6 +95,10 @@ def open_material(recipe: Recipe) -> Material:
     """
     for stage in recipe.evaluate.stages:
         require_known("stage", stage, TRAINED_STAGES, key="evaluate.stages")
+    Rewards(recipe.rl.rewards)
+    for name in (recipe.mid.persona, recipe.sft.persona):
+        if name is not None:
+            load_persona(name)
     if recipe.data.source is not None:
         return TextMaterial(recipe)
     return WorldMaterial(recipe)
@@ -112,9 +128,34 @@ def require_known(what: str, name: str, known: Iterable[str], *, key: str) -> No
 def _require_kinds(recipe: Recipe, kinds: Callable[[ChatStage], Iterable[str]]) -> None:
     """UserError for a mixture of [mid] or [sft] that names a kind that the data does not offer."""
     for stage in ("mid", "sft"):
-        for kind in getattr(recipe, stage).mixture or ():
-            offered = sorted({*kinds(stage), PROSE})
-            require_known("kind of conversation", kind, offered, key=f"{stage}.mixture")
+        for key in ("mixture", "epochs"):
+            for kind in getattr(getattr(recipe, stage), key) or ():
+                own = [] if getattr(recipe, stage).persona is None else [PERSONA]
+                offered = sorted({*kinds(stage), PROSE, *own})
+                require_known("kind of conversation", kind, offered, key=f"{stage}.{key}")
+
+
+def weights_of(
+    section: Any, kinds: Mapping[str, Documents], standard: dict[str, float]
+) -> dict[str, float]:
+    """The weight of each kind by [mid] or [sft]: mixture, or passes x different conversations."""
+    if section.epochs is None:
+        weights = dict(section.mixture or standard)
+        if PERSONA in kinds:
+            weights.pop(IDENTITY, None)  # it says another name
+            weights.setdefault(PERSONA, PERSONA_WEIGHT * sum(weights.values()))
+        return weights
+    weights = {}
+    for kind, passes in section.epochs.items():
+        items = getattr(getattr(kinds[kind], "conversation", None), "items", None)
+        if items is None:
+            raise UserError(
+                f"epochs of {kind}",
+                "these conversations are made anew without end: there is no pass over them",
+                "use mixture, which gives each kind a weight",
+            )
+        weights[kind] = passes * len(items)
+    return weights
 
 
 def _mixture(
@@ -133,32 +174,6 @@ def _mixture(
     return mixture, {kind: weight / total for kind, weight in used.items()}
 
 
-Extra = dict[str, Sequence[dict[str, Any]]]
-
-
-def extra_files(recipe: Recipe) -> dict[str, Extra]:
-    """The user's own conversation files, by stage and file name; UserError if one is broken."""
-    return {
-        stage: {path: read_conversations(path) for path in getattr(recipe, stage).files}
-        for stage in ("mid", "sft")
-    }
-
-
-def extra_conversations(extra: dict[str, Extra], stage: str) -> Extra:
-    """Those of one stage."""
-    return extra.get(stage, {})
-
-
-def manifest_of(extra: dict[str, Extra]) -> dict[str, Any]:
-    """What the user's own files hold, so that an edit is noticed; empty without files."""
-    digests = {
-        path: hashlib.sha256(canonical_json(list(rows)).encode("utf-8")).hexdigest()
-        for files in extra.values()
-        for path, rows in files.items()
-    }
-    return {"conversations": sorted(digests.values())} if digests else {}
-
-
 class WorldMaterial:
     """Everything made by one world."""
 
@@ -167,6 +182,7 @@ class WorldMaterial:
         self.world = load_world(recipe.data.world, recipe.data.seed)
         self.notes: list[str] = self.world.notes()
         self._extra = extra_files(recipe)
+        self._problems = Problems.of_files(recipe)
         for name in recipe.evaluate.tasks or ():
             require_known("exam", name, EXAMS, key="evaluate.tasks")
         _require_kinds(
@@ -188,7 +204,8 @@ class WorldMaterial:
     ) -> tuple[Documents, dict[str, float]]:
         own = self.world.kinds(stage)
         extra = extra_conversations(self._extra, stage)
-        weights = getattr(self.recipe, stage).mixture or own | dict.fromkeys(extra, FILE_WEIGHT)
+        section, standard = getattr(self.recipe, stage), own | dict.fromkeys(extra, FILE_WEIGHT)
+        policy = section.long_chats
         # validation conversations are later draws of the same generator
         offset = 0 if split == "train" else HELD_OUT_PROBLEMS
         sources: dict[str, Documents] = {
@@ -196,30 +213,46 @@ class WorldMaterial:
                 lambda i, kind=kind: self.world.conversation(stage, kind, i + offset),
                 tokenizer,
                 max_tokens=max_tokens,
+                policy=policy,
             )
             for kind in own
         }
+        for kind, make in add_persona(self.recipe, stage, split, self.world).items():
+            sources[kind] = ConversationDocuments(
+                make, tokenizer, max_tokens=max_tokens, policy=policy
+            )
         for kind, rows in extra.items():
             shuffled = Epochs(rows, self.recipe.data.seed)
-            sources[kind] = ConversationDocuments(shuffled, tokenizer, max_tokens=max_tokens)
+            sources[kind] = ConversationDocuments(
+                shuffled, tokenizer, max_tokens=max_tokens, policy=policy
+            )
         sources[PROSE] = TextDocuments(
             lambda i: self.world.document(split, i + REPLAYED_PROSE).text,
             tokenizer,
             max_tokens=max_tokens,
         )
+        weights = weights_of(section, sources, standard)
         return _mixture(sources, weights, section=stage)
 
     def entropy_per_byte(self) -> float | None:
         return self.world.entropy_per_byte(n_documents=ENTROPY_DOCUMENTS)
 
     def problem(self, index: int) -> dict[str, Any] | None:
-        return self.world.problem(index)
-
-    def grade(self, item: dict[str, Any], text: str) -> bool:
-        return grade(item, text)
+        return self._problems(index) if self._problems else self.world.problem(index)
 
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
         return [*find_world_tasks(self.world, names)]
+
+    def talks(self, stage: str, count: int) -> chat_quality.Material:
+        unseen = [self.world.conversation("sft", "chat", UNSEEN_CHATS + i) for i in range(count)]
+        return talks_of(
+            self.recipe,
+            stage,
+            count,
+            dialogues=unseen,
+            problem=self.problem,
+            world=self.world,
+        )
 
     def sample_prompts(self) -> list[str]:
         facts = self.world.facts
@@ -258,8 +291,9 @@ class TextMaterial:
         _require_kinds(
             recipe, lambda s: [*self._chats[s, "train"], *extra_conversations(self._extra, s)]
         )
-        self._problems = gsm8k_problems(self.files)
-        self._held_problems = gsm8k_problems(self.files, split="val")
+        self._problems = Problems.of_files(recipe) or Problems(
+            gsm8k_problems(self.files), gsm8k_problems(self.files, split="val")
+        )
         self._tasks, missing = find_tasks(self.files, recipe.evaluate.tasks)
         self.notes = [*self.corpus.notes, *self.files.missing(), *missing]
         self._manifest: dict[str, Any] | None = None
@@ -297,33 +331,48 @@ class TextMaterial:
         self, stage: ChatStage, split: Split, tokenizer: Tokenizer, *, max_tokens: int
     ) -> tuple[Documents, dict[str, float]]:
         rows = self._chats[stage, split] | extra_conversations(self._extra, stage)
-        weights = getattr(self.recipe, stage).mixture or default_weights(stage, list(rows))
-        seed = self.recipe.data.seed
+        section, standard = getattr(self.recipe, stage), default_weights(stage, list(rows))
+        seed, policy = self.recipe.data.seed, section.long_chats
         sources: dict[str, Documents] = {
-            kind: ConversationDocuments(Epochs(items, seed), tokenizer, max_tokens=max_tokens)
+            kind: ConversationDocuments(
+                Epochs(items, seed), tokenizer, max_tokens=max_tokens, policy=policy
+            )
             for kind, items in rows.items()
         }
+        for kind, make in add_persona(self.recipe, stage, split, self.world).items():
+            sources[kind] = ConversationDocuments(
+                make, tokenizer, max_tokens=max_tokens, policy=policy
+            )
         sources[PROSE] = TextDocuments(self._order(split), tokenizer, max_tokens=max_tokens)
+        weights = weights_of(section, sources, standard)
         return _mixture(sources, weights, section=stage)
 
     def entropy_per_byte(self) -> float | None:
         return None  # nobody knows the entropy of real English
 
     def problem(self, index: int) -> dict[str, Any] | None:
-        held = index >= HELD_OUT_PROBLEMS
-        rows = self._held_problems if held else self._problems
-        if not rows:
-            return None
-        return rows[(index - HELD_OUT_PROBLEMS if held else index) % len(rows)]
-
-    def grade(self, item: dict[str, Any], text: str) -> bool:
-        return same_number(answer_of(text), item["answer"])
+        return self._problems(index)
 
     def tasks(self, names: tuple[str, ...] | None) -> list[Task]:
         def is_asked(name: str) -> bool:  # "core" asks for core/copa and the 21 others
             return names is None or name in names or name.partition("/")[0] in names
 
         return [task for task in self._tasks if is_asked(task.name)]
+
+    def talks(self, stage: str, count: int) -> chat_quality.Material:
+        """Held-out chats of the files, else the almanac's."""
+        unseen: Sequence[Any] = held_out_chats(self.files)[:count]
+        if not unseen:
+            ids = range(UNSEEN_CHATS, UNSEEN_CHATS + count)
+            unseen = [self.world.conversation("sft", "chat", i) for i in ids]
+        return talks_of(
+            self.recipe,
+            stage,
+            count,
+            dialogues=unseen,
+            problem=self.problem,
+            world=self.world,
+        )
 
     def sample_prompts(self) -> list[str]:
         texts = [self.corpus.val[i] for i in range(min(5, len(self.corpus.val)))]

@@ -27,6 +27,7 @@ from fledge.runlog import StopRequest
 from fledge.stages import base, evaluate, mid, rl, sft, tokenizer
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.material import Material, open_material
+from fledge.stages.own_files import stage_manifest
 
 STAGE_FUNCTIONS: dict[str, Callable[..., None]] = {
     "tokenizer": tokenizer.run,
@@ -67,7 +68,8 @@ def run_recipe(
     with run, StopRequest() as stop, Progress(planner.stage_seconds(plan)) as progress:
         if restart is not None:
             for stage in STAGES[: STAGES.index(restart)]:  # refuse before anything is thrown away
-                run.stage_state(stage, run.stage_parts(stage, data=material.manifest()))
+                data = material.manifest() | stage_manifest(run.recipe, stage)
+                run.stage_state(stage, run.stage_parts(stage, data=data))
             run.restart(restart)
         resolved = run.recipe
         for note in material.notes:
@@ -89,7 +91,8 @@ def run_stage(ctx: StageContext, stage: str) -> None:
         ctx.progress.skip(stage, why)
         ctx.notes.append(f"{stage}: {why}")
         return
-    parts = run.stage_parts(stage, data=ctx.material.manifest())
+    data = ctx.material.manifest() | stage_manifest(ctx.recipe, stage)
+    parts = run.stage_parts(stage, data=data)
     state = run.stage_state(stage, parts)
     if state == "skip":
         ctx.progress.skip(stage)

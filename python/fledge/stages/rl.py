@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from fledge.engine import SamplingParams
+from fledge.engine import Completion, SamplingParams
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
+from fledge.evals.rewards import Reply, Rewards
 from fledge.model import Transformer
 from fledge.stages.chats import write_replies
 from fledge.stages.context import StageContext
 from fledge.stages.inference import stage_engine
-from fledge.stages.material import HELD_OUT_PROBLEMS
+from fledge.stages.own_files import HELD_OUT_PROBLEMS
 from fledge.stages.training import TrainedStage
 from fledge.tokenizer.chat import render_prompt
-from fledge.tokenizer.reply import answer_text, split_parts
-from fledge.train.rl import RlConfig, train_rl
+from fledge.train.rl import Graded, RlConfig, train_rl
 
 VALIDATION_PROBLEMS = 128
 MOST_TRIES = 50  # problems to look at for one that fits the context
@@ -23,7 +24,7 @@ TRY_STRIDE = 100_003  # a prime: far from the problems that other steps take
 
 
 def run(ctx: StageContext, *, resume: bool) -> None:
-    """GRPO on the material's problems, from sft's model."""
+    """The GRPO family on the material's problems, from sft's model."""
     section: Any = ctx.recipe.rl  # Any: a planned section has no absent values
     tokenizer, room = ctx.tokenizer, ctx.run.model.max_position_embeddings
 
@@ -41,10 +42,10 @@ def run(ctx: StageContext, *, resume: bool) -> None:
             "raise model.max_seq_len and train again, or leave rl out with --rl.steps 0",
         )
 
-    def reward(item: dict[str, Any], ids: list[int]) -> float:
-        text = answer_text(split_parts(tokenizer, ids))
-        stopped = bool(ids) and ids[-1] == tokenizer.eos_id
-        return 1.0 if stopped and ctx.material.grade(item, text) else 0.0
+    def reward(item: dict[str, Any], answer: Completion) -> Graded:
+        parts = rewards.parts(item, Reply.of(tokenizer, answer.ids))
+        # right by the first reward that is named: a length or a style is no answer
+        return Graded(rewards.total(parts), parts[rewards.names[0]] >= 1.0, parts)
 
     def evaluate(model: Transformer) -> dict[str, float]:
         model.eval()
@@ -53,28 +54,31 @@ def run(ctx: StageContext, *, resume: bool) -> None:
         done = stage_engine(model, tokenizer).generate(
             [prompt for _, prompt in held], params, tools
         )
-        right = sum(
-            reward(item, completion.ids)
-            for (item, _), (completion,) in zip(held, done, strict=True)
-        )
-        return {"validation_reward": right / len(held)}
+        found = [reward(item, answer) for (item, _), (answer,) in zip(held, done, strict=True)]
+        return {"validation_reward": sum(graded.reward for graded in found) / len(held)}
 
     with (
         Tools() as tools,
+        Rewards(section.rewards) as rewards,
         TrainedStage(ctx, "rl", steps=section.steps, resume=resume, evaluate=evaluate) as training,
     ):
+        names = rewards.names if len(rewards.names) > 1 else ()
+        shared = {f.name for f in dataclasses.fields(RlConfig)} - {"reward_names"}
+        known: dict[str, Any] = {name: getattr(section, name) for name in shared}
         train_rl(
             training.job,
             engine=stage_engine(training.job.model, tokenizer),
             tools=tools,
             problem=problem,
             reward=reward,
-            config=RlConfig(
-                section.prompts_per_step,
-                section.samples_per_prompt,
-                section.max_new_tokens,
-                section.temperature,
-                section.seed,
-            ),
+            config=RlConfig(**known, reward_names=names),
+            reference=_reference(ctx) if section.kl_beta else None,
         )
     write_replies(ctx, "rl", training.job.model)
+
+
+def _reference(ctx: StageContext) -> Transformer:
+    """The model that rl began with; it stays as it is."""
+    folder = ctx.run.latest_checkpoint("sft")
+    assert folder is not None
+    return Transformer.load(folder).eval().to(ctx.device)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fledge import files
 from fledge.config import TRAINED_STAGES
-from fledge.data.loader import Ahead, Documents, Loader
+from fledge.data.loader import COUNTED, Ahead, Documents, Loader
 from fledge.errors import UserError
 from fledge.evals import bpb
 from fledge.model import Transformer
@@ -232,6 +232,14 @@ def run_training(
     read = ahead.state()
     share = read["padded"] / max(1, read["total"])
     ctx.progress.note(f"{stage}: {share:.1%} of the row positions were padding")
+    tables = read["conversations"]
+    if tables:
+        total = {name: sum(table[name] for table in tables) for name in COUNTED}
+        ctx.progress.note(
+            f"{stage}: {total['read']:,} conversations read; {total['shortened']:,} were longer "
+            f"than {context} tokens and kept whole turns only ({section.long_chats}), "
+            f"{total['dropped']:,} did not fit at all, {total['untrained']:,} had nothing to learn"
+        )
     return training.job.model
 
 

@@ -89,7 +89,7 @@ class Job:
             row |= self.hooks.evaluate(step)
         self.hooks.log(row)
         stopping = self.hooks.stop_requested()
-        sound = math.isfinite(row.get("loss", 0.0))
+        sound = all(math.isfinite(row.get(key, 0.0)) for key in ("loss", "policy_loss"))
         if (step % self.save_every == 0 and sound) or last or stopping:
             self.hooks.save(step)
         if stopping and not last:
@@ -141,20 +141,24 @@ def train(
         }
         if not learns:
             row["skipped"] = 1
-        _recover(job, row)
+        recover(job, row)
         job.end_step(row)
 
 
-def _recover(job: Job, row: Row) -> None:
-    """Says what was skipped, goes back to a checkpoint when the weights are suspected, gives up."""
+def recover(job: Job, row: Row, *, key: str = "loss") -> None:
+    """Says what was skipped, goes back to a checkpoint when the weights are suspected, gives up.
+
+    To be called after `job.watch` has judged the step whose loss is `row[key]`.
+    """
     watch, step = job.watch, int(row["step"])
     if not watch.bad_in_row or not row["trained_tokens"]:
         return
     job.hooks.note(
-        f"step {step} was skipped: loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.3g}"
-        f", mean loss before {watch.mean:.4g}"
+        f"step {step} was skipped: {key.replace('_', ' ')} {row[key]:.4g}, gradient norm "
+        f"{row['gradient_norm']:.3g}"
+        + (f", mean loss before {watch.mean:.4g}" if key == "loss" else "")
     )
-    broken = not math.isfinite(row["loss"])
+    broken = not math.isfinite(row[key])
     if watch.suspects_weights or (broken and step == job.schedule.steps):
         restored = job.hooks.restore()
         if restored is not None:

@@ -44,7 +44,7 @@ class HumanEval:
         if interpreter is not None:
             self._interpreter: Python = interpreter
         else:
-            self._interpreter, self.note = _best_sandbox()
+            self._interpreter, self.note = best_sandbox()
 
     def __enter__(self) -> HumanEval:
         return self
@@ -83,7 +83,7 @@ class HumanEval:
         return self._interpreter.run(program(item, code_of(text)))
 
 
-def _best_sandbox() -> tuple[Python, str]:
+def best_sandbox() -> tuple[Python, str]:
     """L2 where it holds, else L1; and the words for the score."""
     cpython = process.CPython(process.Limits(seconds=SECONDS))
     reason = cpython.why_unavailable()

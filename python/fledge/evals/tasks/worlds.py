@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fledge.data.worlds import World
 from fledge.tokenizer.reply import last_number
 
+KINDS = ("facts", "mc", "math", "count", "spell", "chat")
 EXAMS = ("world_facts", "world_mc", "world_math", "world_spell", "world_chat")
 _LETTER = re.compile(r"\b([A-D])\b")
 
@@ -60,7 +61,7 @@ def grade_spelling(item: dict[str, Any], text: str) -> bool:
     return text.strip().rstrip(".").lower() == item["answer"].lower()
 
 
-_GRADERS = {
+_GRADERS = {  # one for each of KINDS
     "facts": grade_fact,
     "mc": lambda item, text: chosen_letter(text) == item["answer"],
     "math": grade_number,

@@ -1,0 +1,54 @@
+"""The look at a stage's chat in its run: what it is asked, and where the result is kept.
+
+Called by `stages.evaluate` for each stage it examines; `evals.chat_quality` has the measures.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fledge import files
+from fledge.engine import Engine
+from fledge.engine.tools import Tools
+from fledge.errors import UserError
+from fledge.evals import chat_quality
+from fledge.run import Run
+from fledge.stages.material import Material
+
+DAMAGED = "delete it and run the same command again"
+
+
+def take(
+    engine: Engine, material: Material, run: Run, stage: str, *, count: int, key: str
+) -> dict[str, Any]:
+    """Examines the chat on `count` dialogues, probes and facts; `key` says of which model."""
+    with Tools() as tools:
+        scores, told = chat_quality.examine(engine, tools, material.talks(stage, count))
+    lines = "".join(json.dumps(talk, ensure_ascii=False) + "\n" for talk in told)
+    files.write_text(run.chat_samples_file(stage), lines)
+    files.write_json(run.chat_file(stage), {"model": key, "dialogues": count, "scores": scores})
+    return scores
+
+
+def kept(run: Run, stage: str, *, count: int, key: str) -> dict[str, Any] | None:
+    """The scores of this very model, if they were taken before."""
+    path: Path = run.chat_file(stage)
+    if not path.is_file():
+        return None
+    try:
+        table = files.read_json(path, {"model": str, "scores": dict}, fix=DAMAGED)
+    except UserError:  # a damaged file is made again
+        return None
+    same = table["model"] == key and table.get("dialogues") == count
+    return table["scores"] if same else None
+
+
+def describe(scores: dict[str, Any]) -> str:
+    """One line for the log."""
+    words = {"stops": "stops by itself", "repeats": "repeats", "recalls": "recalls",
+             "flips": "gives in to a wrong claim", "calls": "calls its tool well",
+             "persona": "in character"}  # fmt: skip
+    told = [f"{words[n]} {s['value']:.0%}" for n, s in scores.items() if n in words]
+    return "chat: " + ", ".join(told or ["nothing to ask"])
