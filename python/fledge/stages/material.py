@@ -247,7 +247,9 @@ class TextMaterial:
             max_bytes=data.max_bytes,
             tell=lambda text: print(text, file=sys.stderr, flush=True),
         )
-        self.files = TaskData(data.root)
+        self.files = TaskData(
+            data.root, smoltalk=data.chats == "smoltalk", max_chat_files=data.max_chat_files
+        )
         self.world = load_world("almanac", data.seed)
         self._extra = extra_files(recipe)
         self._chats = {
@@ -304,6 +306,8 @@ class TextMaterial:
             for kind, items in rows.items()
         }
         sources[PROSE] = TextDocuments(self._order(split), tokenizer, max_tokens=max_tokens)
+        if split == "val":  # few chats: perhaps none of them is held out
+            weights = {kind: weight for kind, weight in weights.items() if kind in sources}
         return _mixture(sources, weights, section=stage)
 
     def entropy_per_byte(self) -> float | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -47,9 +48,11 @@ def run_recipe(
     *,
     until: str | None = None,
     restart: str | None = None,
+    rehearsal: dict[str, Any] | None = None,
 ) -> Run:
     """Carries a run through its stages (up to `until`) and returns it.
 
+    rehearsal: what the run rehearses, kept in resolved.json (plan/rehearsal.py).
     Raises UserError for what the user can mend, Interrupted (after saving) when asked to stop.
     """
     for stage in (until, restart):
@@ -60,7 +63,7 @@ def run_recipe(
                 "name one of them",
             )
     material = open_material(recipe)  # before the run directory exists: bad data leaves nothing
-    plan = planner.resolve(recipe, hardware.detect())
+    plan = dataclasses.replace(planner.resolve(recipe, hardware.detect()), rehearsal=rehearsal)
     device = prepare_machine(plan.values["hardware.device"], plan.values["hardware.threads"])
     require_room(plan, out)
     run = Run.open(out, name, recipe, plan)
