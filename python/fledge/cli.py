@@ -168,7 +168,10 @@ def verb_run(words: list[str]) -> int:
 
     parser = _recipe_parser("run")
     cli_run.add_flags(parser)
-    return cli_run.run(*_recipe_of(parser, words))
+    args, name, recipe = _recipe_of(parser, words)
+    if args.nproc > 1:
+        return cli_run.launch(args.nproc, words)
+    return cli_run.run(args, name, recipe)
 
 
 def verb_plan(words: list[str]) -> int:
@@ -474,7 +477,8 @@ def require_folder(path: Path) -> None:
 VERBS: dict[str, Verb] = {
     "run": Verb(
         verb_run,
-        "RECIPE [--out DIR] [--until STAGE] [--restart STAGE] [--section.key VALUE ...]",
+        "RECIPE [--rehearse] [--nproc N] [--out DIR] [--until STAGE] [--restart STAGE]\n"
+        "      [--section.key VALUE ...]",
         "train through every stage: finishes what is unfinished, skips what is done",
     ),
     "plan": Verb(

@@ -7,10 +7,11 @@ model is asked a question as `fledge chat` would, and what the whole run will ne
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from fledge.cli import Parser
+from fledge.cli import Parser, positive
 from fledge.errors import EXIT_DONE
 
 REHEARSAL = "rehearsal"
@@ -27,6 +28,9 @@ def add_flags(parser: Parser) -> None:
         action="store_true",
         help="the same recipe in miniature, then what the whole run will need",
     )
+    parser.add_argument(
+        "--nproc", type=positive, default=1, help="processes: one per GPU, or per group of cores"
+    )
 
 
 def run(args: Any, name: str, recipe: Any) -> int:
@@ -41,8 +45,27 @@ def run(args: Any, name: str, recipe: Any) -> int:
     finished = run_recipe(
         recipe, name, args.out or Path("runs") / name, until=args.until, restart=args.restart
     )
-    _tell(finished)
+    if leads():
+        _tell(finished)
     return EXIT_DONE
+
+
+def launch(size: int, words: list[str]) -> int:
+    """The same command in `size` processes that meet on this machine; returns their code."""
+    from fledge import launch
+
+    kept: list[str] = []
+    for word in words:
+        if kept and kept[-1] == "--nproc":
+            kept.pop()
+        elif not word.startswith("--nproc="):
+            kept.append(word)
+    return launch.ranks([sys.executable, "-m", "fledge", "run", *kept], size)
+
+
+def leads() -> bool:
+    """Whether this process speaks for the run: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def rehearse(args: Any, name: str, recipe: Any) -> int:
@@ -53,7 +76,8 @@ def rehearse(args: Any, name: str, recipe: Any) -> int:
 
     whole = planner.resolve(recipe, hardware.detect())
     small, factors = rehearsal.shrink(whole, recipe)
-    print(rehearsal.factors_text(name, factors), flush=True)
+    if leads():
+        print(rehearsal.factors_text(name, factors), flush=True)
     out = args.out or Path("runs") / f"{name}-{REHEARSAL}"
     finished = run_recipe(
         small,
@@ -63,6 +87,8 @@ def rehearse(args: Any, name: str, recipe: Any) -> int:
         restart=args.restart,
         rehearsal={"of": name, "factors": factors},
     )
+    if not leads():
+        return EXIT_DONE
     _tell(finished)
     if finished.last_model() is not None and args.until is None:
         chat.one_shot(finished.path, QUESTION, chat.Settings(max_tokens=16))

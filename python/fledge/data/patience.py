@@ -123,7 +123,9 @@ def checked(path: Path, seen: Path) -> Path:
         for wrong in {path, blob}:
             wrong.unlink(missing_ok=True)
         raise WrongContent(f"its {size:,} bytes do not have the checksum {name[:12]}...")
-    files.write_text(seen / name, "")
+    with files.refusals(seen):  # other processes of this run do the same: no renaming
+        seen.mkdir(parents=True, exist_ok=True)
+        (seen / name).touch()
     return path
 
 

@@ -40,9 +40,9 @@ FOLLOWS_DEPTH = ("hidden_size", "intermediate_size", "head_dim", "num_key_value_
 _HUB_ONLY = ("data.max_bytes", "data.max_chat_files")
 
 LACKS = (
-    "this version trains in float32 in one process: the hours above are those of the published "
-    "runs, in bfloat16 on every GPU. With it, count on ten times the hours of ONE of those GPUs "
-    "or more; do not rent eight",
+    "this version computes in float32: the hours above are those of bfloat16, which the published "
+    "runs have; count on several times as many, and measure 50 steps before you rent for a day",
+    "`--nproc` on GPUs (NCCL) has not been run yet; on CPUs (gloo) it is tested",
 )
 """What this version of fledge lacks for the published hours; said where the target is a GPU."""
 
@@ -180,4 +180,3 @@ def needs_text(name: str, table: dict[str, Any]) -> str:
     lines.append("missing for it:" if table["missing"] else "nothing is missing for it here")
     lines += [f"  - {sentence}" for sentence in table["missing"]]
     return "\n".join(lines)
-

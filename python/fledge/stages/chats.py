@@ -21,13 +21,15 @@ def run_chats(ctx: StageContext, stage: ChatStage, *, resume: bool) -> None:
     room = ctx.run.model.max_position_embeddings
     documents, shares = ctx.material.chats(stage, "train", ctx.tokenizer, max_tokens=room)
     validation, _ = ctx.material.chats(stage, "val", ctx.tokenizer, max_tokens=room)
-    files.write_json(ctx.run.mixture_file(stage), shares)
+    if ctx.world.leads:
+        files.write_json(ctx.run.mixture_file(stage), shares)
     table = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
     ctx.progress.note(f"{stage}: mixture by conversations: {table}")
     model = run_training(
         ctx, stage, documents=documents, validation=validation, split=False, resume=resume
     )
-    write_replies(ctx, stage, model)
+    if ctx.world.leads:
+        write_replies(ctx, stage, model)
 
 
 def write_replies(ctx: StageContext, stage: str, model: Transformer) -> None:
