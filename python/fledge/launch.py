@@ -38,7 +38,9 @@ def ranks(command: list[str], size: int, *, grace_seconds: float = GRACE_SECONDS
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
     }
     with contextlib.ExitStack() as stack:
-        errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(size)]
+        errors: list[IO[bytes]] = [
+            stack.enter_context(tempfile.TemporaryFile()) for _ in range(size)
+        ]
         processes = [
             subprocess.Popen(
                 command,

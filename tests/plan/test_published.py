@@ -169,3 +169,15 @@ def test_every_header_says_command_hardware_time_cost_and_what_to_expect(name: s
         assert f"#   {word} " in header, (name, word)
     assert all(line.startswith("#") or not line for line in header.splitlines())
     resolve(load_recipe(name)[1], EIGHT)
+
+
+@pytest.mark.parametrize("name", sorted(builtin_recipes()))
+def test_every_recipe_is_planned_by_the_command(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fledge import cli
+
+    target = load_recipe(name)[1].hardware.target or "2xcpu"
+    assert cli.main(["plan", name, "--hardware", target]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name} on ") and "together" in said and "[evaluate]" in said

@@ -91,8 +91,8 @@ def _asked_to_wait(error: Exception, wait: float) -> float:
     """At least what Retry-After asks for, where the waits are not cut short by a test."""
     response = getattr(error, "response", error)
     headers = getattr(response, "headers", None)
-    asked = headers.get("Retry-After") if headers is not None else None
-    return max(wait, min(float(asked), MOST_WAIT)) if str(asked).isdigit() and wait else wait
+    asked = str(headers.get("Retry-After")) if headers is not None else ""
+    return max(wait, min(float(asked), MOST_WAIT)) if asked.isdigit() and wait else wait
 
 
 def _short(error: Exception) -> str:

@@ -49,13 +49,14 @@ LACKS = (
 
 def shrink(plan: Plan, recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
     """(the rehearsal of a recipe, its factors as "section.key" -> "full -> small, 1/factor")."""
-    values, small = dict(plan.values), dict(SIZES)
+    values: dict[str, Any] = dict(plan.values)
+    small: dict[str, Any] = dict(SIZES)
     if not _is_hub(recipe):  # text of one's own is read as it is
         small = {key: size for key, size in small.items() if key not in _HUB_ONLY}
     small = {k: size for k, size in small.items() if values[k] is None or size < values[k]}
     row = small.get("model.max_seq_len", values["model.max_seq_len"])
     for stage in ("base", "mid", "sft"):
-        batch = min(ROWS_PER_STEP * row, values[f"{stage}.global_batch_tokens"] // row * row)
+        batch: int = min(ROWS_PER_STEP * row, values[f"{stage}.global_batch_tokens"] // row * row)
         steps = max(1, values[f"{stage}.tokens"] // values[f"{stage}.global_batch_tokens"])
         small[f"{stage}.global_batch_tokens"] = batch
         small[f"{stage}.tokens"] = min(STEPS[stage], steps) * batch
@@ -86,7 +87,7 @@ def _is_hub(recipe: Recipe) -> bool:
     return source in ("fineweb-edu", "climbmix") or source.startswith("hub:")
 
 
-def _often(small: dict[str, int], stage: str, steps: int) -> None:
+def _often(small: dict[str, Any], stage: str, steps: int) -> None:
     """Measure and save twice a stage."""
     small[f"{stage}.eval_every"] = small[f"{stage}.save_every"] = math.ceil(steps / 2)
 
