@@ -79,6 +79,7 @@ def rehearse(args: Any, name: str, recipe: Any) -> int:
     if leads():
         print(rehearsal.factors_text(name, factors), flush=True)
     out = args.out or Path("runs") / f"{name}-{REHEARSAL}"
+    table = rehearsal.needs(recipe, whole, out)  # before anything runs: its target may be wrong
     finished = run_recipe(
         small,
         f"{name}-{REHEARSAL}",
@@ -92,10 +93,17 @@ def rehearse(args: Any, name: str, recipe: Any) -> int:
     _tell(finished)
     if finished.last_model() is not None and args.until is None:
         chat.one_shot(finished.path, QUESTION, chat.Settings(max_tokens=16))
-    table = rehearsal.needs(recipe, whole, out)
+    table["missing"] += _data_missed(finished)
     files.write_json(finished.needs_file, table)
     print(rehearsal.needs_text(name, table), flush=True)
     return EXIT_DONE
+
+
+def _data_missed(run: Any) -> list[str]:
+    """The sentences of the run's notes that say which data could not be had."""
+    records = [run.read_stage(stage) for stage in ("evaluate", "base")]
+    notes = next((record["notes"] for record in records if record and record.get("notes")), [])
+    return [note for note in notes if " is not under " in note or " is left out" in note]
 
 
 def _tell(run: Any) -> None:

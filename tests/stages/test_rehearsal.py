@@ -110,3 +110,26 @@ def test_what_this_machine_lacks_is_said(tmp_path: Path) -> None:
     assert 28 * 3600 < table["seconds"] < 42 * 3600
     own = load_recipe("tiny")[1]
     assert rehearsal.needs(own, planner.resolve(own, HERE), tmp_path)["missing"] == []
+
+
+@pytest.mark.timeout(900)
+def test_data_that_could_not_be_had_is_missing(tmp_path: Path) -> None:
+    """Text of one's own, no task file, no network: the run goes through and says what it lacked."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(f"Page {i}. The river was high and the road was wet. " * 20)
+    out = tmp_path / "run"
+    done = fledge("run", "night", "--rehearse", "--data.source", text, "--out", out)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.rpartition("missing for it:")[2]
+    for word in ("gsm8k", "mmlu", "humaneval", "core/copa"):
+        assert word in said, word
+    assert json.loads((out / "needs.json").read_text())["missing"]
+
+
+def test_a_target_that_is_no_hardware_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = fledge("run", "tiny", "--rehearse", "--hardware.target", "3xfoo", "--out", out)
+    assert done.returncode == 1 and "unknown hardware '3xfoo'" in done.stderr
+    assert not out.exists()
