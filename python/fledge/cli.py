@@ -164,24 +164,14 @@ def print_json(value: Any) -> None:
 
 def verb_run(words: list[str]) -> int:
     """`fledge run`: carry a recipe through its stages."""
-    from fledge.plan.planner import require_text
+    from fledge import cli_run
 
     parser = _recipe_parser("run")
-    parser.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
-    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    parser.add_argument("--restart", metavar="STAGE", help="redo this stage and all later ones")
-    args, recipe_name, recipe = _recipe_of(parser, words)
-    require_text(recipe)
-    from fledge.stages.pipeline import run_recipe
-
-    out = args.out or Path("runs") / recipe_name
-    run = run_recipe(recipe, recipe_name, out, until=args.until, restart=args.restart)
-    shown = os.path.relpath(run.path) if run.path.is_relative_to(Path.cwd()) else str(run.path)
-    if run.report_file("md").is_file():
-        print(f"report: {shown}/{run.report_file('md').name}")
-    if run.last_model() is not None:
-        print(f"talk to it: fledge chat {shown}")
-    return EXIT_DONE
+    cli_run.add_flags(parser)
+    args, name, recipe = _recipe_of(parser, words)
+    if args.nproc > 1:
+        return cli_run.launch(args.nproc, words)
+    return cli_run.run(args, name, recipe)
 
 
 def verb_plan(words: list[str]) -> int:
@@ -494,7 +484,8 @@ def require_folder(path: Path) -> None:
 VERBS: dict[str, Verb] = {
     "run": Verb(
         verb_run,
-        "RECIPE [--out DIR] [--until STAGE] [--restart STAGE] [--section.key VALUE ...]",
+        "RECIPE [--rehearse] [--nproc N] [--out DIR] [--until STAGE] [--restart STAGE]\n"
+        "      [--section.key VALUE ...]",
         "train through every stage: finishes what is unfinished, skips what is done",
     ),
     "plan": Verb(

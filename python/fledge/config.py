@@ -94,6 +94,9 @@ class ModelSection:
 
     depth: int = 4
     """Number of Transformer layers; the one dial from which every other size follows."""
+    rule: Literal["auto", "oct2025"] = execution("auto")
+    """How the rest follows from depth: auto is fledge's own (nanochat's of 2026 with arch speedrun
+    from depth 8 on), oct2025 is nanochat as it was launched in October 2025."""
     arch: Literal["qwen3", "speedrun"] = "qwen3"
     """Architecture. qwen3 is exactly Qwen3 and loads in transformers, vLLM and llama.cpp; speedrun
     adds what makes a small model learn fastest and brings its own code for transformers."""
@@ -128,6 +131,11 @@ class DataSection:
     """The built-in world (almanac, village) or the path of a CSV table of your own facts."""
     seed: int = 0
     """Seed of the world, of the train/validation split and of the document order."""
+    chats: Literal["files", "smoltalk"] = later("files")
+    """Where chats come from: the files in sft/ of data.root, or SmolTalk of the hub (460,000
+    conversations, about 1 GB)."""
+    max_chat_files: int | None = later(None)
+    """Read at most this many of SmolTalk's files; absent = all of them."""
     root: str | None = None
     """Folder with task files (gsm8k, mmlu, arc, humaneval, sft); default: FLEDGE_DATA."""
     val_fraction: float = 0.01
@@ -175,12 +183,15 @@ class BaseSection:
     """Weight decay of the matrices (decoupled, multiplied by the learning rate)."""
     row_variance: float | None = None
     """How slowly Muon's running mean square of each row forgets (NorMuon); 0 turns it off."""
+    adamw: Literal["2025", "2026"] | None = None
+    """Betas and decay of AdamW's groups: nanochat's of 2025 (no decay) or those of 2026."""
     cooldown_shape: Literal["linear", "sqrt"] | None = None
     """How the learning rate falls at the end: linear, or as 1 - sqrt."""
     decay_schedule: Literal["constant", "cosine"] | None = None
     """Weight decay over the steps: constant, or a cosine down to 0."""
-    momentum_schedule: Literal["constant", "warm"] | None = None
-    """Muon's momentum: 0.95, or 0.85 rising to 0.97 in 400 steps and falling to 0.90 at the end."""
+    momentum_schedule: Literal["constant", "warm", "rise"] | None = None
+    """Muon's momentum: 0.95; or 0.85 rising to 0.97 in 400 steps and falling to 0.90 at the end;
+    or (rise) 0.85 rising to 0.95 in 300 steps."""
     warmup_steps: int | None = None
     """Steps of linear warm-up."""
     cooldown_fraction: float | None = None
@@ -310,6 +321,9 @@ class HardwareSection:
     """cpu, cuda or mps; absent = the best there is."""
     threads: int | None = execution(None)
     """CPU threads; absent = all cores."""
+    target: str | None = execution(None)
+    """What the recipe was made for, as in --hardware 8xh100; only `--rehearse` reads it, to say
+    what the whole run will take there."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A process that torchrun (or anything that keeps its contract) started finds RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment; any other is a world of one, in which
-every collective is nothing. NCCL joins GPUs, gloo joins CPUs. Used by `optim.sharded` and
-`train.loop`. It never decides what is communicated.
+every collective is nothing. NCCL joins GPUs, gloo joins CPUs; a second gloo group carries what
+ranks tell each other and lets them wait for hours while one of them works alone. Used by
+`optim.sharded`, `train.loop` and `stages`. It never decides what is communicated.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as process_group
 from torch import Tensor
 
-from fledge.errors import UserError
+from fledge.errors import Interrupted, UserError
+
+LONGEST_WAIT = timedelta(days=7)
+"""For a rank that works alone: exams of a large model take hours. A rank that died is noticed by
+whoever started it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,26 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    control: Any = None
+    """The gloo group of `tell` and `wait`."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which writes what a run leaves behind."""
+        return self.rank == 0
+
+    def tell(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; JSON-able."""
+        if self.size == 1:
+            return value
+        told = [value]
+        process_group.broadcast_object_list(told, src=0, group=self.control)
+        return told[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            process_group.barrier(group=self.control)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor, in place, summed over all ranks."""
@@ -73,6 +100,14 @@ class World:
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
 
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an error only says that another rank ended; whoever started it will tell."""
+    if not isinstance(error, RuntimeError):
+        return False
+    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+    return isinstance(error, process_group.DistError) or any(w in str(error) for w in words)
+
+
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[World]:
     """The world of this process, by torchrun's contract; leaves it at the end.
@@ -91,10 +126,22 @@ def joined(device: str = "cpu") -> Iterator[World]:
             "a process of several must know its rank and where the others meet",
             "start it with torchrun, or unset WORLD_SIZE",
         )
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {local_rank} of this machine has no GPU of its own",
+                f"the machine has {torch.cuda.device_count()}",
+                f"give --nproc {torch.cuda.device_count()}",
+            )
+        torch.cuda.set_device(local_rank)
     process_group.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+        control = process_group.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        yield World(rank, size, local_rank, control)
+    except RuntimeError as error:
+        if not lost_a_peer(error):
+            raise
+        raise Interrupted("another process of this run ended") from error
     finally:
         process_group.destroy_process_group()

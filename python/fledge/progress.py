@@ -211,3 +211,21 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else format_count(value)
     return format_count(value) if isinstance(value, int) and value >= 100000 else str(value)
+
+
+class Silence(Progress):
+    """Progress that nobody sees: of the ranks that do not lead."""
+
+    def stage(
+        self, name: str, total: float, unit: str, *, done: float = 0, log: Path | None = None
+    ) -> None:
+        """Nothing."""
+
+    def skip(self, name: str, why: str = "already done") -> None:
+        """Nothing."""
+
+    def update(self, done: float, **info: Any) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""

@@ -20,8 +20,10 @@ from fledge.report_sections import (
     chat_blocks,
     core_blocks,
     hash_blocks,
+    nanochat_blocks,
     overlap_blocks,
     plan_blocks,
+    rehearsal_blocks,
     wrong_blocks,
 )
 from fledge.run import Run
@@ -50,7 +52,9 @@ def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) ->
         Heading(f"{run.name}: report", 1),
         Paragraph(summary_text(run, facts)),
         Paragraph("Talk to it: `fledge chat .` in the folder of this report."),
+        *rehearsal_blocks(run),
         *_score_blocks(facts),
+        *nanochat_blocks(facts["stages"]),
         *(plot for plot in plots if plot.place == "scores"),
         *core_blocks(facts),
         *(plot for plot in plots if plot.place == "core"),

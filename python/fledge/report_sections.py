@@ -239,3 +239,61 @@ def hash_blocks(run: Run) -> list[Block]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+NANOCHAT_ROWS = {
+    "CORE": ("core_v1", "core_v1_partial"),
+    "ARC-Challenge": ("arc_challenge",),
+    "ARC-Easy": ("arc_easy",),
+    "GSM8K": ("gsm8k",),
+    "HumanEval": ("humaneval",),
+    "MMLU": ("mmlu",),
+    "ChatCORE": ("chatcore",),
+}
+"""Rows of the summary table of nanochat's report (October 2025), by our names of the scores."""
+
+
+def nanochat_blocks(stages: Mapping[str, Any]) -> list[Block]:
+    """The real exams in the form in which nanochat publishes them, with intervals.
+
+    Nothing where none of them was taken.
+    """
+    columns = [name for name in TRAINED_STAGES if stages.get(name, {}).get("scores")]
+    rows = []
+    for title, names in NANOCHAT_ROWS.items():
+        cells = []
+        for stage in columns:
+            scores = stages[stage]["scores"]
+            score = next((scores[name] for name in names if name in scores), None)
+            cells.append(_in_brackets(score) if score else "-")
+        rows.append([title, *cells])
+    if all(cell == "-" for row in rows for cell in row[1:]):
+        return []
+    return [
+        Heading("In the form of nanochat's report", 3),
+        Table(["metric", *(name.upper() for name in columns)], rows),
+        Paragraph("Shares of 1, with 95 % intervals. CORE is centred by its first baselines."),
+    ]
+
+
+def _in_brackets(score: Mapping[str, Any]) -> str:
+    text = f"{score['value']:.4f}"
+    if score.get("low") is None:
+        return text
+    return f"{text} [{score['low']:.4f}, {score['high']:.4f}]"
+
+
+def rehearsal_blocks(run: Run) -> list[Block]:
+    """Of a rehearsal: by how much it is smaller than what it rehearses."""
+    rehearsal = run.resolved.get("rehearsal")
+    if rehearsal is None:
+        return []
+    rows = [[key, text] for key, text in rehearsal["factors"].items()]
+    return [
+        Heading("A rehearsal"),
+        Paragraph(
+            f"This is {rehearsal['of']} in miniature: the same recipe and the same code, smaller "
+            "by these factors. It shows that every part works; its scores say nothing."
+        ),
+        Table(["key", "in the recipe -> here"], rows),
+    ]

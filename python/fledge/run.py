@@ -254,6 +254,11 @@ class Run:
         return self.path / "plots" / f"{name}.svg"
 
     @property
+    def needs_file(self) -> Path:
+        """Of a rehearsal: what the whole run will need."""
+        return self.path / "needs.json"
+
+    @property
     def tokenizer_stats_file(self) -> Path:
         """What the tokenizer was trained on and how well it compresses."""
         return self.tokenizer_dir / "stats.json"

@@ -78,6 +78,25 @@ class MetricsLog:
         self.close()
 
 
+class NoMetrics(MetricsLog):
+    """A log that keeps nothing: of the ranks that do not lead."""
+
+    def __init__(self) -> None:
+        pass
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def truncate_after(self, step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
     try:

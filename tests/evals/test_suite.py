@@ -479,3 +479,14 @@ def test_a_gpt2_of_transformers_is_scored_as_transformers_scores_it(
     words = ("eval", tmp_path, "--tasks", "core", "--data-root", data, "--no-store", "--json")
     code, out, _ = call(capsys, *words)
     assert code == 0 and "core_v1" in json.loads(out)["stages"]["model"]["scores"]
+
+
+def test_a_kill_between_the_result_and_its_partial_file_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path, "model")
+    records = [{"id": "a", "correct": True}]
+    store.write("task", "key", {"n": 1}, records)
+    store.partial_file("task").write_text("{}\n")
+    assert store.read("task", "other key") is None
+    assert store.partial_file("task").is_file()  # another exam's, which may go on
+    assert store.read("task", "key") is not None
+    assert not store.partial_file("task").exists()

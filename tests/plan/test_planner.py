@@ -47,6 +47,7 @@ def test_every_key_gets_a_value_and_a_rule(depth: int, world: bool, machine: str
         *("data.source", "data.root", "data.max_bytes", "base.law", "mid.mixture", "sft.mixture"),
         *("evaluate.tasks", "evaluate.max_examples", "model.extras", "model.window_pattern"),
         *("rl.rewards", "mid.epochs", "sft.epochs", "mid.persona", "sft.persona"),
+        *("data.max_chat_files", "hardware.target"),
     }
     for stage in ("base", "mid", "sft"):
         rows, rest = divmod(

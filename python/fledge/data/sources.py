@@ -303,7 +303,10 @@ def _hub_corpus(source: str, max_bytes: int | None) -> Corpus:
         used = max(1, sum(1 for total in sizes if total <= max_bytes))
 
     def shard(file: str) -> Shard:
-        return Shard(file, lambda: hub.fetch(listing.repository, [file], listing.commit)[0])
+        def path() -> Path:
+            return hub.fetch(listing.repository, [file], listing.commit, wait=True)[0]
+
+        return Shard(file, path)
 
     last = shard(found[-1][0])
     val, total = [], 0

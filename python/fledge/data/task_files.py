@@ -25,6 +25,9 @@ Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_EXAMPLE_CHARS = 1_000_000  # of one row's text: more is a broken file, not a question
 CORE_REPOSITORY = "FLEDGE_CORE_REPOSITORY"  # names a dataset on the hub that holds CORE's files
+CORE_FOLDER = "core/eval_data/"
+SMOLTALK = "sft/smoltalk"
+SMOLTALK_REPOSITORY = "HuggingFaceTB/smol-smoltalk"  # nanochat's; columns messages and source
 NOT_FOR_CHAT = ("preference_pairs", "fastchat_identity")  # pairs; another model's name in it
 
 
@@ -96,9 +99,10 @@ def _hub_files() -> dict[str, HubFile]:
 
 
 def _core_file(name: str) -> HubFile | None:
-    """CORE's files have no home of their own on the hub: the user names a dataset that holds them.
+    """CORE's file in a dataset of the hub that the user names; else None: nanochat's archive.
 
-    DCLM keeps them in its code repository (mlfoundations/dclm, eval/local_data), nanochat in a zip.
+    The files have no home of their own on the hub: DCLM keeps them in its code repository
+    (mlfoundations/dclm, eval/local_data), nanochat in an archive that `hub.core_bundle` fetches.
     """
     repository = os.environ.get(CORE_REPOSITORY)
     _, folder, path = name.partition("eval_data/")
@@ -161,10 +165,18 @@ class TaskData:
     """The rows of the real tasks by name, such as "gsm8k/train" or "sft/dolly_partial".
 
     `root` is the recipe's data.root; None means the environment's FLEDGE_DATA; without either only
-    the hub is left. `use_hub=False` keeps to local files.
+    the hub is left. `use_hub=False` keeps to local files. `smoltalk` takes SmolTalk of the hub for
+    the chats instead of the files in sft/, at most `max_chat_files` of its files.
     """
 
-    def __init__(self, root: str | Path | None = None, *, use_hub: bool = True) -> None:
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        *,
+        use_hub: bool = True,
+        smoltalk: bool = False,
+        max_chat_files: int | None = None,
+    ) -> None:
         chosen = root or os.environ.get("FLEDGE_DATA") or None
         self.root = Path(chosen) if chosen else None
         if self.root is not None and not self.root.is_dir():
@@ -175,10 +187,12 @@ class TaskData:
                 f"correct {where} or leave it out",
             )
         self.use_hub = use_hub
+        self.smoltalk, self.max_chat_files = smoltalk, max_chat_files
         self._rows: dict[str, JsonRows | None] = {}
         self._origins: dict[str, tuple[str, int, str]] = {}
         self._missing: dict[str, str] = {}
         self._hub_answers = True  # until a request shows otherwise
+        self._core_answers = True
 
     def rows(self, name: str) -> JsonRows | None:
         """All rows of a file, or None if it cannot be had; `missing` then says why."""
@@ -192,6 +206,8 @@ class TaskData:
 
     def names(self, folder: str) -> list[str]:
         """The names of the local files in a folder, sorted: names("sft") -> ["sft/...", ...]."""
+        if folder == "sft" and self.smoltalk:
+            return [SMOLTALK]
         place = self.root / folder if self.root else None
         if place is None or not place.is_dir():
             return []
@@ -211,11 +227,15 @@ class TaskData:
         return sorted(self._origins.values())
 
     def _load(self, name: str) -> JsonRows | None:
+        if name == SMOLTALK and self.smoltalk:
+            return self._load_smoltalk()
         local = self._local(name)
         if local is not None:
             self._note_origin(name, local.path, local.relative)
             return JsonRows.of(row for _, row in json_lines(local))
         original = _hub_files().get(name) or _core_file(name)
+        if original is None and self.use_hub and name.startswith(CORE_FOLDER):
+            return self._load_core(name)
         if original is None or not self.use_hub:
             self._missing[name] = f"{name}.jsonl.gz is not under {self._where()}"
             return None
@@ -227,6 +247,46 @@ class TaskData:
             (file,), _ = find_files(path)
             return JsonRows.of(row for _, row in json_lines(file))
         return JsonRows.of(original.convert(row) for row in _parquet_rows(path))
+
+    def _load_smoltalk(self) -> JsonRows:
+        """Its training files by name. Never quietly without it: raises UserError."""
+        listing = hub.listing(SMOLTALK_REPOSITORY)
+        found = [n for n, _ in listing.files if "/train" in n and n.endswith(".parquet")]
+        names = found[: self.max_chat_files]
+        if not names:
+            raise UserError(
+                f"{SMOLTALK_REPOSITORY} has no data/train-*.parquet",
+                "its files were renamed since",
+                "leave data.chats out and put chats under data.root",
+            )
+
+        def rows() -> Iterator[Row]:
+            for number, name in enumerate(names):
+                (path,) = hub.fetch(listing.repository, [name], listing.commit)
+                shown = f"hub:{listing.repository}/{name}"
+                self._note_origin(f"{SMOLTALK}#{number}", path, shown)
+                yield from _parquet_rows(path)
+
+        return JsonRows.of(rows())
+
+    def _load_core(self, name: str) -> JsonRows | None:
+        """A file of CORE from nanochat's archive."""
+        why = f"{name}.jsonl.gz is not under {self._where()}, and "
+        if not self._core_answers:
+            self._missing[name] = why + "CORE's archive could not be had"
+            return None
+        try:
+            path = hub.core_bundle() / (name.removeprefix(CORE_FOLDER) + ".jsonl")
+        except UserError as error:
+            self._core_answers = False
+            self._missing[name] = f"{why}{error.what}: {error.why}"
+            return None
+        if not path.is_file():
+            self._missing[name] = f"{why}CORE's archive has no {path.name}"
+            return None
+        self._note_origin(name, path, f"core:{name.removeprefix(CORE_FOLDER)}.jsonl")
+        (file,), _ = find_files(path)
+        return JsonRows.of(row for _, row in json_lines(file))
 
     def _local(self, name: str) -> SourceFile | None:
         for suffix in SUFFIXES if self.root else ():

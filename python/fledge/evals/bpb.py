@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fledge.data.loader import Loader
+from fledge.dist import World
 from fledge.engine import Engine
 from fledge.evals.scoring import Request, loglikelihood
 from fledge.model import Transformer
@@ -104,17 +105,24 @@ def measure(
     byte_counts: Tensor,
     *,
     device_batch_size: int,
+    world: World | None = None,
 ) -> Losses:
-    """Losses of the tokens that are trained on (mask 1) and that have bytes."""
+    """Losses of the tokens that are trained on (mask 1) and that have bytes.
+
+    Of several ranks each takes its share of the rows; all get the whole.
+    """
+    world = world or World()
+    share = world.share(len(validation.ids))
     was_training = model.training
     model.eval()
     device = model.cos.device
     byte_counts = byte_counts.to(device)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = total_bytes = 0
-    for at in range(0, len(validation.ids), device_batch_size):
-        ids = torch.from_numpy(validation.ids[at : at + device_batch_size]).to(device)
-        mask = torch.from_numpy(validation.mask[at : at + device_batch_size]).to(device)[:, 1:]
+    for at in range(share.start, share.stop, device_batch_size):
+        rows = slice(at, min(at + device_batch_size, share.stop))
+        ids = torch.from_numpy(validation.ids[rows]).to(device)
+        mask = torch.from_numpy(validation.mask[rows]).to(device)[:, 1:]
         targets = ids[:, 1:]
         sizes = byte_counts[targets] * mask
         scored = sizes > 0
@@ -123,4 +131,5 @@ def measure(
         tokens += int(scored.sum())
         total_bytes += int(sizes.sum())
     model.train(was_training)
-    return Losses(float(nats), tokens, total_bytes)
+    found = [world.sum_number(float(n), device) for n in (nats, tokens, total_bytes)]
+    return Losses(found[0], round(found[1]), round(found[2]))

@@ -81,7 +81,10 @@ class Store:
         except (OSError, ValueError):
             return None
         whole = isinstance(result, dict) and result.get("key") == key
-        return (result, records) if whole and len(records) == result.get("n") else None
+        if not whole or len(records) != result.get("n"):
+            return None
+        self.partial_file(name).unlink(missing_ok=True)  # killed just before `write` did it
+        return result, records
 
     def write(self, name: str, key: str, result: Mapping[str, Any], records: list[Record]) -> None:
         """Keep a finished exam; the result comes last and says that the records are whole."""

@@ -28,6 +28,8 @@ class LearningRates:
     norm_lr: float
     weight_decay: float
     row_variance: float = 0.0
+    adamw: str | None = None
+    """"2025" or "2026": whose AdamW groups; None = those of the model's arch."""
 
     @classmethod
     def of(cls, section: Any) -> LearningRates:
@@ -70,6 +72,15 @@ SPEEDRUN_GROUPS = {
 the last three are kept in their proportion to norm_lr, whose planned value is 0.005 at depth."""
 
 
+def adam_groups(arch: str, release: str | None) -> dict[str, AdamGroup]:
+    """AdamW's groups of a network: by its arch, or those of a release of nanochat."""
+    if arch != "speedrun":
+        return ADAM_GROUPS
+    if release != "2025":
+        return SPEEDRUN_GROUPS
+    return {kind: AdamGroup(group.lr, group.share) for kind, group in SPEEDRUN_GROUPS.items()}
+
+
 def kind_of(name: str, parameter: Tensor) -> str:
     """Which group a parameter belongs to, by its name; "matrix" is Muon's."""
     if parameter.ndim >= 2 and name.startswith("model.layers."):
@@ -94,7 +105,7 @@ class Optimizers:
     def __init__(self, model: nn.Module, rates: LearningRates) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         arch = getattr(getattr(model, "config", None), "arch", "qwen3")
-        table = SPEEDRUN_GROUPS if arch == "speedrun" else ADAM_GROUPS
+        table = adam_groups(arch, rates.adamw)
         members: dict[str, list[Tensor]] = {kind: [] for kind in ("matrix", *table)}
         for parameter, name in self.names.items():
             members[kind_of(name, parameter)].append(parameter)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 MOMENTUM_RISE_STEPS = 400
 MOMENTUM_FIRST, MOMENTUM_MOST, MOMENTUM_LAST = 0.85, 0.97, 0.90
 MOMENTUM = 0.95
+# nanochat of October 2025 (base_train.py, 3a5e0bc): up to MOMENTUM over the first 300 steps
+MOMENTUM_RISE_STEPS_2025 = 300
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Schedule:
     decay_schedule: str = "constant"
     """constant or cosine."""
     momentum_schedule: str = "constant"
-    """constant or warm."""
+    """constant, warm or rise."""
 
     def _cooled(self, step: int) -> float:
         """Share of the cool-down that is over, 0 before it."""
@@ -59,6 +61,9 @@ class Schedule:
         """Muon's momentum."""
         if self.momentum_schedule == "constant":
             return MOMENTUM
+        if self.momentum_schedule == "rise":
+            risen = min(1.0, step / MOMENTUM_RISE_STEPS_2025)
+            return MOMENTUM_FIRST + (MOMENTUM - MOMENTUM_FIRST) * risen
         risen = min(1.0, step / MOMENTUM_RISE_STEPS)
         now = MOMENTUM_FIRST + (MOMENTUM_MOST - MOMENTUM_FIRST) * risen
         return now + (min(now, MOMENTUM_LAST) - now) * self._cooled(step)

@@ -12,7 +12,7 @@ from typing import Any
 from fledge.config import ModelConfig
 from fledge.plan.hardware import Hardware
 from fledge.plan.memory import training_memory
-from fledge.plan.scaling import count
+from fledge.plan.scaling import count, nanochat_flops_per_token
 
 # depth -> share of the bf16 peak while pretraining on GPUs: reference/planner.md 3.4
 _GPU_MFU = ((4, 0.15), (8, 0.28), (12, 0.40), (18, 0.46), (20, 0.48), (24, 0.50))
@@ -23,6 +23,17 @@ _DECODE_SHARE = 0.25
 _ROLLOUT_SHARE = 0.25
 """Length of a rollout with its prompt over rl.max_new_tokens (that run: 155K of 655K tokens)."""
 _TOKENIZER_BYTES_PER_SECOND = 8e6
+_EXAM_ROWS: dict[str, tuple[int, int]] = {
+    "core": (91_000, 900),
+    "arc_easy": (2376, 110),
+    "arc_challenge": (1172, 110),
+    "mmlu": (14_042, 150),
+    "gsm8k": (1319, 400),
+    "humaneval": (164, 500),
+    "chat": (200, 300),
+}
+"""Rows of the real exams, and tokens of one with its few-shot examples and answer (core: 344 MB of
+prompts, shots times rows, of the 22 published files)."""
 _EXAM_TOKENS = 50
 _EXAM_ITEMS = 2400
 """Items of all exams of a world together, and tokens per item (prompt and answer)."""
@@ -31,7 +42,10 @@ _EXAM_ITEMS = 2400
 def training_rate(model: ModelConfig, hardware: Hardware) -> float:
     """Useful FLOP/s of the whole machine while training."""
     if hardware.device == "cuda":
-        return hardware.peak_flops * hardware.device_count * _mfu(model.num_hidden_layers)
+        # the published shares count attention as if it were not causal, and so does this
+        counted = count(model).flops_per_token / nanochat_flops_per_token(model)
+        share = _mfu(model.num_hidden_layers) * counted
+        return hardware.peak_flops * hardware.device_count * share
     return hardware.matmul_flops * _CPU_SHARE
 
 
@@ -82,6 +96,7 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
         "seconds": round(seconds, 1),
         "dollars": None if price is None else round(seconds / 3600 * price, 2),
         "memory_bytes": memory.total,
+        "download_bytes": _downloads(values),
         "disk_bytes": _disk(values, counts.parameters, counts.matrix_parameters),
         "stages": stages,
         "basis": _basis(model, hardware),
@@ -99,11 +114,20 @@ def _rl(values: dict[str, Any], flops: float, forward: float, rate: float) -> di
 
 def _evaluate(values: dict[str, Any], forward: float, rate: float) -> dict[str, float]:
     limit = values["evaluate.max_examples"]
+    asked = [_EXAM_ROWS[name] for name in values["evaluate.tasks"] or () if name in _EXAM_ROWS]
     items = _EXAM_ITEMS if limit is None else min(_EXAM_ITEMS, 5 * limit)
     stages = len(values["evaluate.stages"]) - (
         "rl" in values["evaluate.stages"] and not values["rl.steps"]
     )
-    tokens = items * _EXAM_TOKENS * stages
+    tokens = items * _EXAM_TOKENS
+    if asked:
+        most = {name: 22 * limit if name == "core" else limit for name in _EXAM_ROWS if limit}
+        tokens = sum(
+            min(rows, most.get(name, rows)) * length
+            for name, (rows, length) in _EXAM_ROWS.items()
+            if name in values["evaluate.tasks"]
+        )
+    tokens *= stages
     flops = tokens * forward
     seconds = 2 + flops / (rate * _DECODE_SHARE / _CPU_SHARE)
     return {"tokens": 0, "flops": flops, "seconds": seconds}
@@ -114,6 +138,27 @@ def _disk(values: dict[str, Any], parameters: int, matrices: int) -> int:
     one = 4 * parameters + 4 * matrices + 8 * (parameters - matrices) + 3_000_000
     stages = 4 if values["rl.steps"] else 3
     return 2 * stages * one
+
+
+_BYTES_PER_TOKEN = 4.8  # nanochat's rule of thumb for English
+_PACKED = 0.4  # of a byte of text in the hub's zstd Parquet: 100 MB of 250M characters
+_TASK_BYTES = 250_000_000  # the task files and CORE's bundle of 162 MB
+_SMOLTALK_BYTES = 1_100_000_000
+
+
+def _downloads(values: dict[str, Any]) -> int:
+    """Bytes that the hub will be asked for: shards of the corpus as far as base reads, and tasks.
+
+    0 for a world and for text of this machine.
+    """
+    source = values["data.source"] or ""
+    if source not in ("fineweb-edu", "climbmix") and not source.startswith("hub:"):
+        return 0
+    shards = values["base.tokens"] * _BYTES_PER_TOKEN * _PACKED
+    if values["data.max_bytes"] is not None:
+        shards = min(shards, values["data.max_bytes"])
+    chats = _SMOLTALK_BYTES if values["data.chats"] == "smoltalk" else 0
+    return int(shards) + 100_000_000 + _TASK_BYTES + chats
 
 
 def _basis(model: ModelConfig, hardware: Hardware) -> str:

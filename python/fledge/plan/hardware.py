@@ -50,6 +50,7 @@ ACCELERATORS: dict[str, Accelerator] = {
     "gb200": _gpu("GB200", 2500, 1822, 186, 8e12, None),
     "l40s": _gpu("L40S", 362, 290, 48, 0.86e12, None),
     "mi300x": _gpu("MI300X", 1307, 668, 192, 5.3e12, None),
+    "t4": _gpu("T4", 65, 40, 16, 0.32e12, None),  # float16: it has no bfloat16
     "rtx3090": _gpu("RTX 3090", 71, 57, 24, 0.94e12, None),
     "rtx4090": _gpu("RTX 4090", 165.2, 132, 24, 1.01e12, 0.60),
     "rtx5090": _gpu("RTX 5090", 209.5, 168, 32, 1.79e12, None),

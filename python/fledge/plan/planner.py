@@ -16,7 +16,7 @@ from typing import Any
 
 from fledge.config import KEYS, ModelConfig, ModelSection, Recipe, flat, recipe_to_dict
 from fledge.errors import UserError
-from fledge.plan import estimate, scaling
+from fledge.plan import estimate, releases, scaling
 from fledge.plan.defaults import DEFAULTS
 from fledge.plan.hardware import Hardware
 from fledge.plan.memory import rows_that_fit
@@ -39,10 +39,12 @@ class Plan:
     estimates: dict[str, Any]
     """parameters, memory, disk, and per stage tokens, flops, seconds, dollars; see estimate.py."""
     hardware: Hardware
+    rehearsal: dict[str, Any] | None = None
+    """Of a rehearsal: what it rehearses and by which factors it is smaller (plan/rehearsal.py)."""
 
     def replan(self, recipe: Recipe) -> Plan:
         """The plan of another recipe on the same hardware."""
-        return resolve(recipe, self.hardware)
+        return dataclasses.replace(resolve(recipe, self.hardware), rehearsal=self.rehearsal)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, for resolved.json and `fledge plan --json`."""
@@ -52,7 +54,7 @@ class Plan:
             "rules": self.rules,
             "estimates": self.estimates,
             "hardware": self.hardware.to_dict(),
-        }
+        } | ({"rehearsal": self.rehearsal} if self.rehearsal is not None else {})
 
 
 def stage_seconds(plan: Plan) -> dict[str, float]:
@@ -101,6 +103,8 @@ _ABSENT = {
     "base.law": "absent means the default ratio of tokens to parameters",
     "data.root": "absent means FLEDGE_DATA",
     "data.max_bytes": "absent means all of it",
+    "data.max_chat_files": "absent means all of them",
+    "hardware.target": "absent means that the recipe was made for any machine",
     "model.extras": "absent means the standard of the arch",
     "model.window_pattern": "absent means the standard of the arch",
 }
@@ -116,11 +120,14 @@ class _Draft:
         self.values: dict[str, Any] = {}
         self.rules: dict[str, str] = {}
         self.is_world = recipe.data.source is None and recipe.data.world != NO_WORLD
+        self.release = releases.release_of(recipe.model)
+        self.published = releases.static_rules(self.release)
         for key, value in self.given.items():
             _check(key, value)
 
     def put(self, key: str, value: Any, rule: str) -> Any:
-        """The user's value of a key, or else the planner's with its rule."""
+        """The user's value of a key, else the release's, else the planner's, with its rule."""
+        value, rule = self.published.get(key, (value, rule))
         if key in self.given:
             value = self.given[key]
             rule = STANDARD if value == _STANDARD.get(key) else GIVEN
@@ -167,8 +174,16 @@ def _plan_tokenizer(draft: _Draft) -> None:
 
 def _plan_model(draft: _Draft) -> ModelConfig:
     section = draft.recipe.model
-    hidden = section.hidden_size or scaling.width(section.depth)
-    head = section.head_dim or min(scaling.head_width(section.depth), hidden)
+    launch = section.rule == releases.OCT2025
+    if launch and section.arch != "speedrun":
+        raise UserError(
+            f"model.rule = 'oct2025' with model.arch = {section.arch!r}",
+            "nanochat's first network is arch speedrun without most of its extras",
+            "add --model.arch speedrun",
+        )
+    own_width = 64 * section.depth if launch else scaling.width(section.depth)
+    hidden = section.hidden_size or own_width
+    head = section.head_dim or scaling.default_head_dim(section.depth, hidden, section.rule)
     if hidden % head or head % 2:
         raise UserError(
             f"model.head_dim = {head} with model.hidden_size = {hidden}",
@@ -223,8 +238,13 @@ def _check_extras(section: ModelSection) -> None:
         )
 
 
-def _tokens_per_param(path: str | None, model: ModelConfig) -> tuple[float, str]:
+def _tokens_per_param(
+    path: str | None, model: ModelConfig, release: str | None
+) -> tuple[float, str]:
     """Tokens per parameter of blocks and head: the default's, or those of a scaling law."""
+    if path is None and release == releases.OCT:
+        ratio = releases.OCT_TOKENS_PER_PARAM
+        return ratio, f"{ratio:g} tokens per parameter, the embedding's too ({release})"
     if path is None:
         ratio = DEFAULTS.tokens_per_param
         return ratio, f"{ratio:g} tokens per parameter of blocks + head, as nanochat 2026"
@@ -245,16 +265,21 @@ def _tokens_per_param(path: str | None, model: ModelConfig) -> tuple[float, str]
 
 
 def _plan_base(draft: _Draft, model: ModelConfig) -> None:
-    ratio = draft.put("base.tokens_per_param", *_tokens_per_param(draft.recipe.base.law, model))
+    law, release = draft.recipe.base.law, draft.release
+    ratio = draft.put("base.tokens_per_param", *_tokens_per_param(law, model, release))
     seq_len = model.max_position_embeddings
-    wanted = draft.recipe.base.tokens or int(ratio * scaling.count(model).scaling_parameters)
+    by_release = releases.horizon(release, model, ratio)
+    by_rule = by_release or int(ratio * scaling.count(model).scaling_parameters)
+    wanted = draft.recipe.base.tokens or by_rule
     batch = draft.put_batch("base", *batch_tokens(wanted, seq_len))
+    multiplied = "all parameters" if by_release else "(blocks + head)"
     tokens = draft.put(
         "base.tokens",
-        max(1, round(wanted / batch)) * batch,
-        "tokens_per_param x (blocks + head), in whole steps",
+        max(1, wanted // batch) * batch,
+        f"tokens_per_param x {multiplied}, in whole steps",
     )
-    for key, (value, rule) in DEFAULTS.rates(model).items():
+    published = releases.rates(release, model, batch=batch, tokens=wanted)
+    for key, (value, rule) in (DEFAULTS.rates(model) | published).items():
         draft.put(f"base.{key}", value, rule)
     _plan_schedule(draft, "base", tokens // batch)
     share = tokens // DEFAULTS.eval_share

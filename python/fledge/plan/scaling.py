@@ -53,6 +53,17 @@ SPEEDRUN: dict[str, Any] = {
 """The extras of arch "speedrun" as nanochat sets them (gpt.py, 92d63d4)."""
 
 
+OCT2025_EXTRAS: dict[str, float] = {
+    "qk_scale": 1.0,
+    "value_embeddings": 0.0,
+    "residual_scalars": 0.0,
+    "embedding_scalars": 0.0,
+    "smear": 0.0,
+    "backout": 0.0,
+}
+"""What nanochat's first release (gpt.py, 3a5e0bc) lacked; softcap 15 and ReLU^2 it had."""
+
+
 def round_up(number: float, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below `number`."""
     return -int(-number // multiple) * multiple
@@ -61,6 +72,13 @@ def round_up(number: float, multiple: int) -> int:
 def width(depth: int) -> int:
     """Of the residual stream: a fixed aspect ratio of 64 per layer, as nanochat does."""
     return round_up(64 * depth, 128) if depth >= 6 else 64 * depth
+
+
+def default_head_dim(depth: int, hidden_size: int, rule: str = "auto") -> int:
+    """Width of a head: 128 in nanochat's first release, where that divides the width."""
+    if rule == "oct2025" and hidden_size % 128 == 0:
+        return 128
+    return min(head_width(depth), hidden_size)
 
 
 def head_width(depth: int) -> int:
@@ -89,6 +107,7 @@ def model_config(
     depth: int,
     *,
     vocab_size: int,
+    rule: str = "auto",
     arch: str = "qwen3",
     max_seq_len: int | None = None,
     hidden_size: int | None = None,
@@ -101,10 +120,14 @@ def model_config(
     window_pattern: str | None = None,
 ) -> ModelConfig:
     """The network of a depth; whatever is given of [model]'s keys wins over the rule."""
-    hidden_size = hidden_size or width(depth)
-    head_dim = head_dim or min(head_width(depth), hidden_size)
+    launch = rule == "oct2025"
+    hidden_size = hidden_size or (64 * depth if launch else width(depth))
+    head_dim = head_dim or default_head_dim(depth, hidden_size, rule)
     heads = hidden_size // head_dim
-    length = max_seq_len or context(depth)
+    length = max_seq_len or (2048 if launch else context(depth))
+    if launch:
+        extras, window_pattern = OCT2025_EXTRAS | (extras or {}), window_pattern or "L"
+        rope_theta = rope_theta or 10_000.0
     own = speedrun_fields(length, extras or {}, window_pattern) if arch == "speedrun" else {}
     wide = own.get("hidden_act") == "relu2"
     return ModelConfig(
@@ -165,6 +188,22 @@ def attended(model: ModelConfig, length: int) -> float:
         window = min(length, model.sliding_window or length) if short else length
         total += window * (1 - window / (2 * length))
     return total
+
+
+def nanochat_flops_per_token(model: ModelConfig) -> float:
+    """FLOPs of a trained token as nanochat counts and publishes them: attention as if not causal.
+
+    The scalars of arch speedrun enter with 24 (smear's gate); see reference figures in
+    tests/plan/test_published.py.
+    """
+    length, queries = model.max_position_embeddings, model.num_attention_heads * model.head_dim
+    windows = 0
+    for layer in range(model.num_hidden_layers):
+        letter = model.window_pattern[layer % len(model.window_pattern)]
+        short = letter == "S" and layer < model.num_hidden_layers - 1
+        windows += min(length, model.sliding_window or length) if short else length
+    computed = count(model).scaling_parameters + 24 * model.smear
+    return 6.0 * computed + 12.0 * queries * windows
 
 
 def count(model: ModelConfig, seq_len: int | None = None) -> Counts:

@@ -15,7 +15,7 @@ SAMPLE_TOKENS = 48
 def run(ctx: StageContext, *, resume: bool) -> None:
     """Trains from fresh weights on the material's documents, measured in bits per byte."""
     bound = ctx.material.entropy_per_byte()
-    if bound is not None:
+    if bound is not None and ctx.world.leads:
         files.write_json(ctx.run.entropy_file, {"bits_per_byte": bound})
         ctx.progress.note(f"base: the text's own entropy is at most {bound:.4f} bits per byte")
     model = run_training(
@@ -26,6 +26,8 @@ def run(ctx: StageContext, *, resume: bool) -> None:
         split=True,
         resume=resume,
     )
+    if not ctx.world.leads:
+        return
     write_samples(ctx, "base", "What base writes on its own", continuations(ctx, model))
 
 

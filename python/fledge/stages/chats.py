@@ -22,20 +22,25 @@ def run_chats(ctx: StageContext, stage: ChatStage, *, resume: bool) -> None:
     room = ctx.run.model.max_position_embeddings
     documents, _ = ctx.material.chats(stage, "train", ctx.tokenizer, max_tokens=room)
     validation, _ = ctx.material.chats(stage, "val", ctx.tokenizer, max_tokens=room)
+    if ctx.world.leads:
+        _tell_mixture(ctx, stage, room)
+    model = run_training(
+        ctx, stage, documents=documents, validation=validation, split=False, resume=resume
+    )
+    if ctx.world.leads:
+        write_replies(ctx, stage, model)
+
+
+def _tell_mixture(ctx: StageContext, stage: ChatStage, room: int) -> None:
+    """What the stage is about to read, printed and stored; on documents of its own."""
     tokens = getattr(ctx.recipe, stage).tokens
     assert tokens is not None
     sample, shares = ctx.material.chats(stage, "train", ctx.tokenizer, max_tokens=room)
     table = mixture.measure(sample, shares, tokens)
     files.write_json(ctx.run.mixture_file(stage), mixture.as_json(table))
-    for line in [
-        f"{stage}: what it is about to read, by kind of conversation",
-        *mixture.lines(table),
-    ]:
+    ctx.progress.note(f"{stage}: what it is about to read, by kind of conversation")
+    for line in mixture.lines(table):
         ctx.progress.note(line)
-    model = run_training(
-        ctx, stage, documents=documents, validation=validation, split=False, resume=resume
-    )
-    write_replies(ctx, stage, model)
 
 
 def write_replies(ctx: StageContext, stage: str, model: Transformer) -> None:

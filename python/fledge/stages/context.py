@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fledge.config import Recipe
+from fledge.dist import World
 from fledge.progress import Progress
 from fledge.run import Run
 from fledge.runlog import StopRequest
@@ -30,6 +31,7 @@ class StageContext:
     stop: StopRequest
     device: str
     notes: list[str]  # what was left out of this run and why, for the report
+    world: World = field(default_factory=World)  # the processes that take this stage together
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -280,7 +280,9 @@ class TextMaterial:
             max_bytes=data.max_bytes,
             tell=lambda text: print(text, file=sys.stderr, flush=True),
         )
-        self.files = TaskData(data.root)
+        self.files = TaskData(
+            data.root, smoltalk=data.chats == "smoltalk", max_chat_files=data.max_chat_files
+        )
         self.world = load_world("almanac", data.seed)
         self._extra = extra_files(recipe)
         self._chats = {
@@ -344,6 +346,8 @@ class TextMaterial:
                 make, tokenizer, max_tokens=max_tokens, policy=policy
             )
         sources[PROSE] = TextDocuments(self._order(split), tokenizer, max_tokens=max_tokens)
+        if split == "val":  # few chats: perhaps none of them is held out
+            standard = {kind: weight for kind, weight in standard.items() if kind in sources}
         weights = weights_of(section, sources, standard)
         return _mixture(sources, weights, section=stage)
 

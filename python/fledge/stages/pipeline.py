@@ -1,27 +1,32 @@
 """`fledge run`: from a recipe to a chat model; what is unfinished is done, what is done is skipped.
 
 The pipeline resolves the plan, opens the run, and takes the stages in order; each is a function of
-a `StageContext`. It owns nothing of what a stage does: it decides skip, resume or start by
-fingerprint, records how a stage ended, and renders the report.
+a `StageContext`. In a world of several processes rank 0 leads: it holds the run, decides, and tells
+the others, who share the training of base, mid and sft with it. It owns nothing of what a stage
+does: it decides skip, resume or start by fingerprint, records how a stage ended, and renders the
+report.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from fledge import files, report
+from fledge import dist, files, report
 from fledge.config import STAGES, Recipe
+from fledge.dist import World
 from fledge.errors import Interrupted, UserError
 from fledge.plan import hardware, planner
-from fledge.progress import Progress
+from fledge.progress import Progress, Silence
 from fledge.run import Run
 from fledge.runlog import StopRequest
 from fledge.stages import base, evaluate, mid, rl, sft, tokenizer
@@ -48,9 +53,11 @@ def run_recipe(
     *,
     until: str | None = None,
     restart: str | None = None,
+    rehearsal: dict[str, Any] | None = None,
 ) -> Run:
     """Carries a run through its stages (up to `until`) and returns it.
 
+    rehearsal: what the run rehearses, kept in resolved.json (plan/rehearsal.py).
     Raises UserError for what the user can mend, Interrupted (after saving) when asked to stop.
     """
     for stage in (until, restart):
@@ -60,45 +67,83 @@ def run_recipe(
                 f"the stages are {', '.join(STAGES)}",
                 "name one of them",
             )
-    material = open_material(recipe)  # before the run directory exists: bad data leaves nothing
-    plan = planner.resolve(recipe, hardware.detect())
+    plan = dataclasses.replace(planner.resolve(recipe, hardware.detect()), rehearsal=rehearsal)
     device = prepare_machine(plan.values["hardware.device"], plan.values["hardware.threads"])
-    require_room(plan, out)
-    run = Run.open(out, name, recipe, plan)
-    with run, StopRequest() as stop, Progress(planner.stage_seconds(plan)) as progress:
-        if restart is not None:
-            for stage in STAGES[: STAGES.index(restart)]:  # refuse before anything is thrown away
-                data = material.manifest() | stage_manifest(run.recipe, stage)
-                run.stage_state(stage, run.stage_parts(stage, data=data))
-            run.restart(restart)
-        resolved = run.recipe
-        for note in material.notes:
-            progress.note(note)
-        ctx = StageContext(run, resolved, material, progress, stop, device, list(material.notes))
-        last = STAGES.index(until) if until is not None else len(STAGES) - 1
-        for stage in STAGES[: last + 1]:
-            run_stage(ctx, stage)
-        progress.note("writing the report")
-        report.render(run)
-    return run
+    with dist.joined(device) as world:
+        if world.leads:
+            material = open_material(recipe)  # before the run exists: bad data leaves nothing
+            require_room(plan, out)
+        world.wait()  # what the leader had to fetch is there now
+        if not world.leads:
+            return _follow(open_material(recipe), out, device, world, until)
+        run = Run.open(out, name, recipe, plan)
+        with run, StopRequest() as stop, Progress(planner.stage_seconds(plan)) as progress:
+            if restart is not None:
+                # refuse before anything is thrown away
+                for stage in STAGES[: STAGES.index(restart)]:
+                    data = material.manifest() | stage_manifest(run.recipe, stage)
+                    run.stage_state(stage, run.stage_parts(stage, data=data))
+                run.restart(restart)
+            for note in material.notes:
+                progress.note(note)
+            notes = list(material.notes)
+            ctx = StageContext(run, run.recipe, material, progress, stop, device, notes, world)
+            for stage in _stages(until):
+                run_stage(ctx, stage)
+            progress.note("writing the report")
+            report.render(run)
+        return run
+
+
+def _stages(until: str | None) -> tuple[str, ...]:
+    last = STAGES.index(until) if until is not None else len(STAGES) - 1
+    return STAGES[: last + 1]
+
+
+ALONE = ("tokenizer", "rl", "evaluate")
+"""Stages that rank 0 takes while the others wait."""
+
+
+def _follow(material: Material, out: Path, device: str, world: World, until: str | None) -> Run:
+    """What a rank that does not lead does: the training stages that the leader announces."""
+    with StopRequest() as stop, Silence() as progress:
+        for stage in _stages(until):
+            state = world.tell(None)
+            if state in ("resume", "start") and stage not in ALONE:
+                run = Run.read(out)  # the leader may have written it just now
+                ctx = StageContext(run, run.recipe, material, progress, stop, device, [], world)
+                STAGE_FUNCTIONS[stage](ctx, resume=state == "resume")
+            world.wait()
+    return Run.read(out)
 
 
 def run_stage(ctx: StageContext, stage: str) -> None:
-    """Skips, resumes or starts one stage and records how it ended."""
+    """Skips, resumes or starts one stage and records how it ended; other ranks are told."""
     run = ctx.run
     why = _not_needed(ctx.recipe, ctx.material, stage)
     if why is not None and run.read_stage(stage) is None:
         ctx.progress.skip(stage, why)
         ctx.notes.append(f"{stage}: {why}")
+        ctx.world.tell("skip")
+        ctx.world.wait()
         return
     data = ctx.material.manifest() | stage_manifest(ctx.recipe, stage)
     parts = run.stage_parts(stage, data=data)
     state = run.stage_state(stage, parts)
     if state == "skip":
         ctx.progress.skip(stage)
-        return
-    run.begin_stage(stage, parts)
-    began = time.monotonic()
+    else:
+        run.begin_stage(stage, parts)
+    ctx.world.tell(state)
+    if state != "skip":
+        alone = stage in ALONE and ctx.world.size > 1
+        _take(dataclasses.replace(ctx, world=World()) if alone else ctx, stage, state)
+    ctx.world.wait()
+
+
+def _take(ctx: StageContext, stage: str, state: str) -> None:
+    """Runs the stage's function and records how it ended."""
+    run, began = ctx.run, time.monotonic()
 
     def end(
         status: Literal["done", "interrupted", "failed"], error: BaseException | None = None
@@ -119,6 +164,9 @@ def run_stage(ctx: StageContext, stage: str) -> None:
         end("interrupted")
         raise
     except BaseException as error:
+        if dist.lost_a_peer(error):
+            end("interrupted", error)
+            raise
         with contextlib.suppress(UserError):  # on a full disk the first error says more
             end("failed", error)
         raise
@@ -164,7 +212,8 @@ def prepare_machine(device: str | None, threads: int | None) -> str:
         raise UserError(
             f"hardware.threads = {threads}", "no machine has as many", "leave it out: all cores"
         )
-    torch.set_num_threads(threads or hardware.cpu_cores())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share the cores
+    torch.set_num_threads(max(1, (threads or hardware.cpu_cores()) // here))
     if device == "cpu":
         keep_freed_memory()
     return device

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from fledge import files
 from fledge.config import TRAINED_STAGES
 from fledge.data.loader import COUNTED, Ahead, Documents, Loader
@@ -18,8 +20,9 @@ from fledge.evals import bpb
 from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
+from fledge.optim.sharded import ShardedOptimizers
 from fledge.run import Run
-from fledge.runlog import MetricsLog
+from fledge.runlog import MetricsLog, NoMetrics
 from fledge.stages.context import StageContext
 from fledge.train import checkpoint
 from fledge.train.loop import Job, train
@@ -61,14 +64,19 @@ class TrainedStage:
             model = Transformer.load(source)
         model.to(ctx.device)
         share = getattr(section, "lr_scale", 1.0)
-        optimizers = Optimizers(model, LearningRates.of(base).scaled(share))
+        rates, world = LearningRates.of(base).scaled(share), ctx.world
+        optimizers = (
+            ShardedOptimizers(model, rates, world) if world.size > 1 else Optimizers(model, rates)
+        )
         # mid keeps base's momentum
         if source and not checkpoint.read_optimizers(source, optimizers) and source != own:
             ctx.progress.note(f"{stage}: {source} has no train_state; momentum starts at zero")
         self.state: dict[str, Any] = {"step": 0}
         if own is not None:
-            drop_old_checkpoints(ctx.run, stage, section.save_every)  # a kill may have left one
             self.state = checkpoint.read_state(own)
+        ctx.world.wait()  # all have read it: now the leader may tidy up
+        if own is not None and world.leads:
+            drop_old_checkpoints(ctx.run, stage, section.save_every)  # a kill may have left one
             ctx.progress.note(f"{stage}: going on from step {self.state['step']}")
         schedule = Schedule(
             steps,
@@ -89,9 +97,10 @@ class TrainedStage:
             section.save_every,
             start,
             speed=machine_speed(ctx.run),
+            world=world,
         )
         self.job.watch.restore(self.state.get("watch", {}))
-        self.metrics = MetricsLog(ctx.run.metrics_file(stage))
+        self.metrics = MetricsLog(ctx.run.metrics_file(stage)) if world.leads else NoMetrics()
         self.metrics.truncate_after(start)
         ctx.progress.stage(stage, steps, "steps", done=start, log=ctx.run.log_file(stage))
 
@@ -104,7 +113,16 @@ class TrainedStage:
         self.ctx.progress.update(row["step"], **shown)
 
     def save(self, step: int) -> None:
-        """Writes a whole checkpoint, then points LATEST at it, then drops the oldest."""
+        """Writes a whole checkpoint, then points LATEST at it, then drops the oldest.
+
+        Of several ranks the leader writes; the optimizers' state is gathered by all.
+        """
+        tensors = self.job.optimizers.state_tensors()
+        if self.ctx.world.leads:
+            self._write(step, tensors)
+        self.ctx.world.wait()
+
+    def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
         self.metrics.sync()
         run, tokenizer, model = self.ctx.run, self.ctx.tokenizer, self.job.model
         target = run.checkpoint_dir(self.stage, step)
@@ -122,12 +140,15 @@ class TrainedStage:
                     "eos_token_id": tokenizer.eos_id,
                     "pad_token_id": tokenizer.pad_id,
                 },
+                tensors=tensors,
             )
         run.set_latest(self.stage, step)
         drop_old_checkpoints(run, self.stage, self.job.save_every)
 
     def stop_requested(self) -> bool:
-        return self.ctx.stop.requested
+        """Agreed by all ranks: a signal reaches them at different moments."""
+        asked, device = self.ctx.stop.requested, self.job.model.cos.device
+        return self.ctx.world.sum_number(float(asked), device) > 0
 
     def note(self, text: str) -> None:
         self.ctx.progress.note(f"{self.stage}: {text}")
@@ -213,7 +234,9 @@ def run_training(
     byte_counts = bpb.token_byte_counts(ctx.tokenizer)
 
     def evaluate(model: Transformer) -> Row:
-        losses = bpb.measure(model, validation_set, byte_counts, device_batch_size=device_rows)
+        losses = bpb.measure(
+            model, validation_set, byte_counts, device_batch_size=device_rows, world=ctx.world
+        )
         return {"bpb": losses.bpb, "validation_loss": losses.loss}
 
     ahead = Ahead(loader, rows)

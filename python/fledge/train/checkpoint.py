@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fledge.errors import UserError
 from fledge.model import Transformer
@@ -30,13 +31,15 @@ def write(
     optimizers: Optimizers,
     state: dict[str, Any],
     token_ids: dict[str, int],
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes model files and training state into `folder`, then SHA256SUMS over all that it holds
-    (the tokenizer's files are the caller's, before)."""
+    (the tokenizer's files are the caller's, before). `tensors`: the optimizers' state where several
+    ranks had to gather it together."""
     save_model(model, folder, token_ids=token_ids)
     train_state = folder / STATE_FOLDER
     train_state.mkdir()
-    tensors = optimizers.state_tensors()
+    tensors = optimizers.state_tensors() if tensors is None else tensors
     save_file(tensors, train_state / _OPTIMIZER)
     _write_json(train_state / "index.json", {"files": [_OPTIMIZER], "tensors": sorted(tensors)})
     _write_json(train_state / "state.json", state)
