@@ -147,6 +147,9 @@ def weights_of(
         return weights
     weights = {}
     for kind, passes in section.epochs.items():
+        if kind not in kinds:  # none of them is held out; in training the mixture refuses it
+            weights[kind] = passes
+            continue
         items = getattr(getattr(kinds[kind], "conversation", None), "items", None)
         if items is None:
             raise UserError(
@@ -168,6 +171,12 @@ def _mixture(
             f"{section}.mixture has no positive weight",
             "there would be nothing to train on",
             "give at least one kind a weight above 0",
+        )
+    if unknown := sorted(used.keys() - sources.keys()):
+        raise UserError(
+            f"[{section}] names conversations that the data does not have: {', '.join(unknown)}",
+            f"it has {', '.join(sorted(sources))}",
+            "take them out, or give the data that they come from",
         )
     mixture = Mixture([sources[kind] for kind in used], list(used.values()))
     total = sum(used.values())
@@ -346,9 +355,9 @@ class TextMaterial:
                 make, tokenizer, max_tokens=max_tokens, policy=policy
             )
         sources[PROSE] = TextDocuments(self._order(split), tokenizer, max_tokens=max_tokens)
-        if split == "val":  # few chats: perhaps none of them is held out
-            standard = {kind: weight for kind, weight in standard.items() if kind in sources}
         weights = weights_of(section, sources, standard)
+        if split == "val":  # few chats: perhaps none of them is held out
+            weights = {kind: weight for kind, weight in weights.items() if kind in sources}
         return _mixture(sources, weights, section=stage)
 
     def entropy_per_byte(self) -> float | None:
