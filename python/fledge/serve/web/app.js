@@ -83,8 +83,7 @@ async function answer(parent, { again = false, goOn = null } = {}) {
   running.delete(owner.id);
   if (chat === owner) {
     show();
-    speaker.feed(node.content, true);
-    speaker.tell(node.fault ?? (node.stopped ? "Stopped." : "The answer is complete."));
+    speaker.feed(node.content, node.fault ?? (node.stopped ? "Stopped." : "The answer is complete."));
   }
   if (node.code === "invalid_api_key") settings();
   if (node.code === "offline") loadModels();

@@ -13,17 +13,13 @@ export class Speaker {
     this.region.textContent = "";
   }
 
-  // `text` is the answer so far; at its `end` the rest is said too
-  feed(text, end = false) {
+  // `text` is the answer so far; `closing` comes at its end, after what is left of it
+  feed(text, closing = "") {
     let stop = this.said;
     for (const mark of text.slice(this.said).matchAll(ENDS)) stop = this.said + mark.index + 1;
-    const until = end ? text.length : stop;
+    const until = closing ? text.length : stop;
     const sentence = text.slice(this.said, until).replace(/[*`#|]+/g, "").trim();
     this.said = until;
-    if (sentence) this.region.textContent = sentence;
-  }
-
-  tell(text) {
-    this.region.textContent = text;
+    if (sentence || closing) this.region.textContent = `${sentence} ${closing}`.trim();
   }
 }
