@@ -21,7 +21,7 @@ pytestmark = pytest.mark.browser
 
 RICH = (
     "say # Title\n\ntext **bold** [link](http://e.example) `code` $x^2$\n\n> quote\n\n"
-    "| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\ndef f(x):  # note\n    return 'a' + str(1)\n```\n"
+    "| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\ndef f(x):  # no\n    return 'a' + str(1)\n```\n"
     "\n1. one\n2. two"
 )
 

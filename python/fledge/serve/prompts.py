@@ -17,7 +17,7 @@ from fledge.serve.api_errors import bad_value, unsupported
 from fledge.serve.schema import ChatRequest, Message, NamedChoice, ToolDeclaration
 from fledge.serve.templates import ForeignTemplate
 from fledge.tokenizer import Tokenizer
-from fledge.tokenizer.chat import render_prompt, window
+from fledge.tokenizer.chat import prompt_room, render_prompt, window
 
 PYTHON_START = "<|python_start|>"
 
@@ -37,7 +37,7 @@ def native_ids(
         kept = messages
         if request.truncation == "auto":
             asked = request.max_completion_tokens or request.max_tokens
-            room = room_of_prompt(context, asked)
+            room = prompt_room(context, asked)
             fitting = window({"messages": messages}, tokenizer, room, keep="end")
             kept = messages if fitting is None else fitting["messages"]
         ids = render_prompt(tokenizer, kept, continue_final=goes_on)
@@ -45,16 +45,6 @@ def native_ids(
         raise bad_value("messages", f"{error.what}: {error.why}.") from None
     dropped = len(messages) - len(kept) if request.truncation == "auto" else None
     return ids + ([] if goes_on else forced_start(request, tokenizer)), dropped
-
-
-def room_of_prompt(context: int, asked: int | None) -> int:
-    """Tokens that a conversation may take where its oldest exchanges may go.
-
-    The answer gets what it may need, but never more than a third of the context; `fledge chat`
-    follows the same rule.
-    """
-    third = context // 3
-    return context - (third if asked is None else min(asked, third)) - 1
 
 
 async def foreign_ids(

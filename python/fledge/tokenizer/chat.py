@@ -95,6 +95,17 @@ def window(
     return {**conversation, "messages": [*system, *(m for exchange in kept for m in exchange)]}
 
 
+def prompt_room(context: int, asked: int | None) -> int:
+    """Tokens that a conversation may take where its oldest exchanges may be left out of `window`.
+
+    The rule of the terminal chat and of the server's truncation "auto": the answer gets as many
+    tokens as were asked for, but never more than a third of the context; the rest is for what was
+    said, less one for the marker that opens the answer.
+    """
+    third = context // 3
+    return context - (third if asked is None else min(asked, third)) - 1
+
+
 def _encode(tok: Tokenizer, segments: Iterator[Segment]) -> tuple[list[int], list[int]]:
     special = tok.special_tokens
     ids: list[int] = []
