@@ -7,6 +7,7 @@ import { ask, Fault, health } from "./api.js";
 const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 const MOST_TOKENS = 4000; // of which the probabilities are kept
 const ALTERNATIVES = 4;
+const BASE_TOKENS = 60; // a base model knows no end
 const PATIENCE = 700; // ms of silence after which the queue is looked at
 export const FIRST_TEMPERATURE = 0;
 export const OTHER_TEMPERATURE = 0.7; // of a second answer, which should be another one
@@ -27,6 +28,7 @@ export function requestOf(messages, settings, model, { goOn = null, again = fals
   body.temperature ??= again ? OTHER_TEMPERATURE : FIRST_TEMPERATURE;
   if (model.fledge?.stage === "base") {
     // it has never seen a chat: it continues the question as it would any text
+    body.max_tokens ??= BASE_TOKENS;
     return { path: "/v1/completions", body: { ...body, prompt: messages.at(-1).content + (goOn?.content ?? "") } };
   }
   const said = [...messages, ...(goOn ? [goOn] : [])].map((m) => ({ role: m.role, content: parts(m) }));

@@ -65,8 +65,7 @@ async function answer(parent, { again = false, goOn = null } = {}) {
   delete node.stats;
   speaker.begin();
   show();
-  side.show();
-  store.save(owner);
+  store.save(owner).then(() => side.show());
   let asked = false;
   const changed = () => {
     speaker.feed(node.content);
@@ -223,9 +222,9 @@ async function loadModels() {
     if (loading.length) trouble(`${loading[0].id} is ${loading[0].fledge.state}.`);
     loadModels.timer = setTimeout(look, loading.length ? RETRY / 4 : HEARTBEAT);
   } catch (error) {
-    trouble(error.status === 401 ? "This server asks for an API key." : error.message);
-    if (error.status === 401) tell("This server asks for an API key.", "Enter it", settings);
-    else loadModels.timer = setTimeout(loadModels, RETRY);
+    if (error.status === 401) return trouble("This server asks for an API key.", "Enter it", settings);
+    trouble(`${error.message} Trying again.`);
+    loadModels.timer = setTimeout(loadModels, RETRY);
   }
 }
 
@@ -235,8 +234,8 @@ function look() {
   else loadModels();
 }
 
-function trouble(text) {
-  tell(text);
+function trouble(...told) {
+  tell(...told);
   $("status").dataset.kind = "trouble";
 }
 

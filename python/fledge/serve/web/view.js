@@ -58,7 +58,7 @@ export class View {
       tools.replaceChildren();
       return;
     }
-    const made = [copyButton(() => message.content, "Copy the answer")];
+    const made = message.content ? [copyButton(() => message.content, "Copy the answer")] : [];
     if (first && !live) made.unshift(this.switcher(chat, node));
     if (first && last && !live) made.push(button(message.fault ? "Try again" : "Regenerate", () => this.acts.regenerate(node)));
     const broken = message.cut || message.stopped || message.fault;
