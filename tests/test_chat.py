@@ -123,6 +123,23 @@ def test_tool_calls_are_shown_in_brackets(tok: Tokenizer) -> None:
     assert [part["type"] for part in reply.parts] == ["python", "output", "text"]
 
 
+def test_a_space_stands_behind_a_tool_call(tok: Tokenizer) -> None:
+    """Models write the text right behind the output; a reader wants a gap, but only one."""
+    special = tok.special_tokens
+    for text, shown in (
+        ("It is 84.", "[ -> 84] It is 84."),
+        ("\nSo", "[ -> 84]\nSo"),
+        ("", "[ -> 84]"),
+    ):
+        screen = Screen()
+        stream = StreamText(tok, screen)
+        ids = [special["<|output_start|>"], *tok.encode("84"), special["<|output_end|>"]]
+        for token in [*ids, *tok.encode(text)]:
+            stream.feed(token)
+        stream.finish()
+        assert f"[{screen.text}" == shown
+
+
 def test_ctrl_c_stops_the_answer_not_the_talk(tok: Tokenizer) -> None:
     made, screen = a_chat(tok, "one two three four five six", interrupt_after=2)
     reply = made.ask("Count")

@@ -175,6 +175,7 @@ class StreamText:
         self._call = special["<|python_start|>"]
         self._returned = special["<|output_end|>"]
         self._is_open = False
+        self._wants_space = False  # between a tool's "]" and the text behind it
 
     def feed(self, token: int) -> None:
         """Show what this token completes."""
@@ -188,6 +189,7 @@ class StreamText:
         self._write(mark)
         if token == self._returned:
             self._is_open = False
+            self._wants_space = True
 
     def finish(self) -> None:
         """Show what is left, and close an open bracket."""
@@ -202,7 +204,9 @@ class StreamText:
         # a model may write escape codes; they must not reach the terminal
         safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         if safe:
-            self._write(safe)
+            gap = " " if self._wants_space and not safe[0].isspace() else ""
+            self._wants_space = False
+            self._write(gap + safe)
 
 
 # -- loading -------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def talk(path: Path, settings: Settings) -> int:
                 continue
             if message.strip() == "/quit":
                 break
-            if terminal and message.strip() and not message.startswith("/"):
+            answers = message.strip() and not message.startswith("/")
+            if terminal and (answers or message.strip() == "/retry"):
                 print(f"{colours.model}model:{colours.off} ", end="", flush=True)
             try:
                 handle(chat, message)
