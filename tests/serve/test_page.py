@@ -584,11 +584,11 @@ def test_a_long_answer_stays_smooth(browser, toy):
         began = time.monotonic()
         page.wait_for_selector("#send:not([hidden])", timeout=100_000)
         took = time.monotonic() - began
-        gaps = sorted(page.evaluate("window.gaps"))
+        gaps = sorted(page.evaluate("window.gaps.slice(1)"))  # the first is from before
         late = gaps[int(0.95 * len(gaps))]
         print(
             f"{len(gaps)} frames in {took:.1f} s, 95 % within {late:.0f} ms, worst {gaps[-1]:.0f}"
         )
         assert "1249 bold x" in last(page)
-        assert len(gaps) / took > 10 and late < 200  # aim: 30 a second
+        assert len(gaps) / took > 10 and late < 200 and gaps[-1] < 1000  # aim: 30 a second
         assert page.evaluate("performance.memory.usedJSHeapSize") < 150e6

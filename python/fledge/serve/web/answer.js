@@ -72,6 +72,7 @@ export async function stream(message, { path, body }, signal, changed) {
   const tokens = (message.tokens ??= []);
   let first = null;
   let usage = null;
+  let turn = began;
   Object.assign(message, { fault: null, stopped: false, cut: false, waiting: "", code: null });
   const stopWatching = watchQueue(message, changed);
   try {
@@ -95,6 +96,9 @@ export async function stream(message, { path, body }, signal, changed) {
         reason = choice.finish_reason ?? reason;
       }
       changed();
+      if (performance.now() - turn < 20) continue;
+      await new Promise((go) => setTimeout(go)); // a burst of events must leave the page time to paint
+      turn = performance.now();
     }
     if (reason === null) throw new Fault("The answer broke off.", "cut");
     message.cut = reason === "length";

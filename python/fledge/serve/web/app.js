@@ -68,11 +68,11 @@ async function answer(parent, { again = false, goOn = null } = {}) {
   store.save(owner).then(() => side.show());
   let asked = false;
   const changed = () => {
-    speaker.feed(node.content);
     if (!asked) requestAnimationFrame(() => {
       asked = false;
       if (chat !== owner || !running.has(owner.id)) return;
       view.fill(owner, node, true);
+      speaker.feed(node.content);
       scroll(false);
     });
     asked = true;
