@@ -32,4 +32,5 @@ port=8000
 if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
     port=0 # taken: any free one
 fi
+echo "Meet it: open the address below in a browser. Ctrl-C ends the server."
 exec "$fledge" serve --quiet --port "$port" "${models[@]}"

@@ -3,8 +3,8 @@
     python tools/record_chat.py [--run runs/quickstart]
 
 Drives `fledge chat` through a pseudo terminal by the keys that a person would press, waits for each
-answer, and writes what came out, with its times, to the cast, and the final text to chat.txt. Run by
-a person when the chat changes; needs a trained run and nothing else.
+answer, and writes what came out, with its times, to the cast, and the text to chat.txt. Run by a
+person when the chat changes; needs a trained run and nothing else.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Starts `fledge serve` on a run (three stages, so that they can be compared) and a headless Chromium,
 brings the page into each state by what a person would click, and saves a palette PNG of it. What
-the model cannot be relied on to write (a formula, a table) is put in by an import of a conversation,
+the model cannot be relied on to write (a formula, a table) comes by an import of a conversation
 through the page's own import button. Needs the `serve` extra, playwright, pillow and chromium. Run
 by a person before a release; it tests nothing.
 """
@@ -159,10 +159,11 @@ def streaming(page: Page) -> None:
     page.evaluate(
         """() => { const real = window.fetch;
           const words = "The planets are Mercury, Venus, Earth, Mars, Jupiter and".split(/(?= )/);
-          window.fetch = async (path, options) => path !== "/v1/chat/completions" ? real(path, options)
-            : new Response(new ReadableStream({ start(c) {
-                for (const content of words) c.enqueue(new TextEncoder().encode(
-                  `data: ${JSON.stringify({ choices: [{ delta: { content } }] })}\\n\\n`)); } })); }"""
+          const event = (content) => new TextEncoder().encode(
+            `data: ${JSON.stringify({ choices: [{ delta: { content } }] })}\\n\\n`);
+          window.fetch = async (path, ...more) => path !== "/v1/chat/completions"
+            ? real(path, ...more) : new Response(new ReadableStream({
+                start(c) { for (const word of words) c.enqueue(event(word)); } })); }"""
     )
     page.fill("#box", "Which planets are there?")
     page.press("#box", "Enter")

@@ -442,6 +442,52 @@ def test_a_page_of_a_server_with_keys(browser, toy):
         context.close()
 
 
+def test_a_model_that_is_still_loading(browser, served):
+    with a_page(browser, served.url) as page:
+        state = "loading"
+
+        def models(route):
+            body = {"id": "fake", "max_model_len": 100, "fledge": {"state": state}}
+            route.fulfill(json={"data": [body]})
+
+        page.route("**/v1/models", models)
+        page.reload()
+        page.wait_for_selector("text=fake is loading.")
+        state = "ready"
+        page.wait_for_selector("#status", state="hidden")
+
+
+def test_a_damaged_conversation_does_not_lock_the_page(page):
+    page.evaluate(
+        """async () => {
+          const { save } = await import("/web/store.js");
+          await save({ id: "bad", title: "bad", nodes: [
+            { id: "a", parent: null, role: "assistant", content: "x", tool_events: 3 }] });
+        }"""
+    )
+    page.reload()
+    page.wait_for_selector("text=That conversation is damaged")
+    say(page, "say fine")
+    assert last(page) == "fine"
+
+
+def test_what_is_edited_while_an_answer_comes_is_not_lost(page, served):
+    say(page, "say first")
+    press(page, "Edit this question")
+    page.get_by_label("Edit the question").fill("say second")
+    served.gate.clear()
+    try:
+        say(page, "say other", wait=False)
+        press(page, "Ask this instead")
+        assert page.get_by_label("Edit the question").input_value() == "say second"
+    finally:
+        served.gate.set()
+    answered(page)
+    press(page, "Ask this instead")
+    answered(page)
+    assert page.locator(".message .body").all_inner_texts() == ["say second", "second"]
+
+
 def test_themes(page):
     def background() -> str:
         return page.evaluate("getComputedStyle(document.body).backgroundColor")

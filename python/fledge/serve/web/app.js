@@ -132,7 +132,12 @@ function open(entry) {
   $("other").value = served(chat.other) ? chat.other : "";
   closeMenu();
   paintModel();
-  show();
+  try {
+    show();
+  } catch {
+    begin();
+    tell("That conversation is damaged.");
+  }
   side.show();
 }
 

@@ -10,11 +10,11 @@ const GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda 
 const LETTER = new Map([
   ...GREEK.flatMap((name, i) => [
     [name, String.fromCharCode(0x3b1 + i)], [name[0].toUpperCase() + name.slice(1), String.fromCharCode(0x391 + i)]]),
-  ...table("varphi:\u03c6 infty:\u221e hbar:\u210f ell:\u2113 emptyset:\u2205 partial:\u2202 nabla:\u2207"),
+  ...table("varphi:\u03c6 infty:\u221e emptyset:\u2205 partial:\u2202 nabla:\u2207"),
 ]);
-const SIGN = table("times:× cdot:⋅ div:÷ pm:± le:≤ leq:≤ ge:≥ geq:≥ ne:≠ neq:≠ approx:≈ equiv:≡ sim:∼ propto:∝ to:→ " +
+const SIGN = table("times:× cdot:⋅ div:÷ pm:± le:≤ leq:≤ ge:≥ geq:≥ ne:≠ neq:≠ approx:≈ equiv:≡ sim:∼ to:→ " +
   "rightarrow:→ leftarrow:← Rightarrow:⇒ iff:⇔ in:∈ notin:∉ subset:⊂ subseteq:⊆ cup:∪ cap:∩ forall:∀ exists:∃ neg:¬ " +
-  "land:∧ lor:∨ sum:∑ prod:∏ int:∫ ldots:… dots:… cdots:⋯ circ:∘ langle:⟨ rangle:⟩ lfloor:⌊ rfloor:⌋ mid:∣ ll:≪ gg:≫");
+  "land:∧ lor:∨ sum:∑ prod:∏ int:∫ ldots:… dots:… cdots:⋯ circ:∘ langle:⟨ rangle:⟩ lfloor:⌊ rfloor:⌋");
 const LARGE = new Set(["sum", "prod", "lim", "max", "min"]);
 const FUNCTIONS = new Set("sin cos tan arcsin arccos arctan sinh cosh tanh log ln exp lim max min det gcd arg".split(" "));
 const ACCENTS = table("hat:^ bar:¯ vec:→ dot:˙ tilde:~ overline:¯");

@@ -90,7 +90,7 @@ export class Side {
 
 const fileName = (chat) => chat.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 50) || "conversation";
 
-export function markdownOf(chat) {
+function markdownOf(chat) {
   const lines = [`# ${chat.title || "Conversation"}`, ""];
   for (const node of path(chat)) {
     for (const message of [node, ...(node.twin ? [node.twin] : [])]) {

@@ -141,12 +141,15 @@ export class View {
     const form = classed("form", "edit", box, classed("div", "tools", send, button("Cancel", close)));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      if (!box.value.trim()) return;
+      if (!box.value.trim() || $("send").hidden) return;
       item.replaceChildren();
       this.acts.edit(node, box.value.trim());
     });
     box.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") close();
+      if (event.key === "Escape") {
+        event.preventDefault(); // else it would stop an answer too
+        close();
+      }
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
         event.preventDefault();
         form.requestSubmit();
