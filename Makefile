@@ -18,13 +18,9 @@ help: ## this list
 
 install: .venv/.done-$(ENGINE) ## create .venv with everything that fledge needs
 
-quickstart: install ## raise a small model from nothing (about 12 minutes), then chat with it
+quickstart: install ## raise a small model from nothing (about 12 minutes), then meet it on a page
 	.venv/bin/fledge run quickstart
-	@if [ -t 0 ] && [ -t 1 ]; then \
-	    .venv/bin/fledge chat runs/quickstart; \
-	else \
-	    .venv/bin/fledge chat runs/quickstart --sample-conversation; \
-	fi
+	@tools/meet.sh runs/quickstart
 
 test: .venv/.done-$(ENGINE) .venv/.done-dev ## all tests (under 15 minutes on 2 cores)
 	$(PY) -m pytest -q -n 2 --dist loadfile

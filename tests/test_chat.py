@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge import chat
-from fledge.chat import Chat, Settings, StreamText, handle
+from fledge import chat, chat_terminal
+from fledge.chat import Chat, Settings, StreamText
+from fledge.chat_terminal import handle, talk
 from fledge.errors import UserError
 from fledge.run import find_checkpoint
 from fledge.tokenizer import Tokenizer
@@ -65,13 +66,13 @@ def a_chat(tok: Tokenizer, *answers: str, context: int = 400, **more: Any) -> tu
 
 
 def test_an_answer_streams_and_is_remembered(tok: Tokenizer) -> None:
-    talk, screen = a_chat(tok, "Héllo 😀 world")
-    reply = talk.ask("Hi")
+    made, screen = a_chat(tok, "Héllo 😀 world")
+    reply = made.ask("Hi")
     assert screen.text == "Héllo 😀 world\n"
     assert reply.parts == [{"type": "text", "text": "Héllo 😀 world"}]
-    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
-    talk.ask("And?")
-    second = tok.decode(talk.engine.prompts[1])  # type: ignore[attr-defined]
+    assert [m["role"] for m in made.messages] == ["user", "assistant"]
+    made.ask("And?")
+    second = tok.decode(made.engine.prompts[1])  # type: ignore[attr-defined]
     assert "Hi" in second and "Héllo" in second and "And?" in second
 
 
@@ -98,8 +99,8 @@ def test_a_broken_character_becomes_a_mark(tok: Tokenizer) -> None:
 
 
 def test_escape_codes_do_not_reach_the_terminal(tok: Tokenizer) -> None:
-    talk, screen = a_chat(tok, "a\x1b[31mred\x07")
-    talk.ask("Hi")
+    made, screen = a_chat(tok, "a\x1b[31mred\x07")
+    made.ask("Hi")
     assert "\x1b" not in screen.text and "\x07" not in screen.text
 
 
@@ -109,7 +110,7 @@ def test_tool_calls_are_shown_in_brackets(tok: Tokenizer) -> None:
     ids += [special["<|output_start|>"], *tok.encode("84"), special["<|output_end|>"]]
     ids += [*tok.encode(" It is 84."), tok.eos_id]
     screen = Screen()
-    talk = Chat(
+    made = Chat(
         FakeEngine([ids]),
         tok,
         context=400,
@@ -117,24 +118,41 @@ def test_tool_calls_are_shown_in_brackets(tok: Tokenizer) -> None:
         make_params=lambda settings: settings,
         write=screen,
     )
-    reply = talk.ask("What is 12*7?")
+    reply = made.ask("What is 12*7?")
     assert screen.text == "[python: 12*7 -> 84] It is 84.\n"
     assert [part["type"] for part in reply.parts] == ["python", "output", "text"]
 
 
+def test_a_space_stands_behind_a_tool_call(tok: Tokenizer) -> None:
+    """Models write the text right behind the output; a reader wants a gap, but only one."""
+    special = tok.special_tokens
+    for text, shown in (
+        ("It is 84.", "[ -> 84] It is 84."),
+        ("\nSo", "[ -> 84]\nSo"),
+        ("", "[ -> 84]"),
+    ):
+        screen = Screen()
+        stream = StreamText(tok, screen)
+        ids = [special["<|output_start|>"], *tok.encode("84"), special["<|output_end|>"]]
+        for token in [*ids, *tok.encode(text)]:
+            stream.feed(token)
+        stream.finish()
+        assert f"[{screen.text}" == shown
+
+
 def test_ctrl_c_stops_the_answer_not_the_talk(tok: Tokenizer) -> None:
-    talk, screen = a_chat(tok, "one two three four five six", interrupt_after=2)
-    reply = talk.ask("Count")
+    made, screen = a_chat(tok, "one two three four five six", interrupt_after=2)
+    reply = made.ask("Count")
     assert reply.stopped and screen.text.endswith("(stopped)\n")
-    assert talk.messages[-1]["role"] == "assistant"
+    assert made.messages[-1]["role"] == "assistant"
 
 
 def test_the_oldest_turns_are_dropped_and_it_is_said_once(tok: Tokenizer) -> None:
-    talk, screen = a_chat(tok, "fine", context=150)
+    made, screen = a_chat(tok, "fine", context=150)
     for i in range(12):
-        talk.ask(f"question number {i}")
+        made.ask(f"question number {i}")
     assert screen.text.count("left out") == 1
-    last = talk.engine.prompts[-1]  # type: ignore[attr-defined]
+    last = made.engine.prompts[-1]  # type: ignore[attr-defined]
     assert len(last) < 150
     text = tok.decode(last)
     assert "number 11" in text and "number 0" not in text
@@ -142,38 +160,38 @@ def test_the_oldest_turns_are_dropped_and_it_is_said_once(tok: Tokenizer) -> Non
 
 
 def test_a_message_that_can_never_fit_is_refused_and_forgotten(tok: Tokenizer) -> None:
-    talk, _ = a_chat(tok, "fine", context=60)
+    made, _ = a_chat(tok, "fine", context=60)
     with pytest.raises(UserError, match="too long"):
-        talk.ask("word " * 200)
-    assert talk.messages == []
+        made.ask("word " * 200)
+    assert made.messages == []
 
 
 def test_commands(tok: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    talk, _ = a_chat(tok, "first", "second")
+    made, _ = a_chat(tok, "first", "second")
     for line in ("/stats", "/retry"):
         with pytest.raises(UserError):
-            handle(talk, line)
-    handle(talk, "")
-    handle(talk, "Hello")
-    handle(talk, "/temp 0.7")
-    handle(talk, "/seed 5")
-    handle(talk, "/system Be brief.")
-    handle(talk, "/retry")
-    assert talk.settings == Settings(temperature=0.7, seed=6, max_tokens=100, system="Be brief.")
-    assert talk.messages[-1]["content"] == [{"type": "text", "text": "second"}]
-    assert len(talk.messages) == 2
-    assert "Be brief." in tok.decode(talk.engine.prompts[-1])  # type: ignore[attr-defined]
-    handle(talk, "/help")
-    handle(talk, "/stats")
+            handle(made, line)
+    handle(made, "")
+    handle(made, "Hello")
+    handle(made, "/temp 0.7")
+    handle(made, "/seed 5")
+    handle(made, "/system Be brief.")
+    handle(made, "/retry")
+    assert made.settings == Settings(temperature=0.7, seed=6, max_tokens=100, system="Be brief.")
+    assert made.messages[-1]["content"] == [{"type": "text", "text": "second"}]
+    assert len(made.messages) == 2
+    assert "Be brief." in tok.decode(made.engine.prompts[-1])  # type: ignore[attr-defined]
+    handle(made, "/help")
+    handle(made, "/stats")
     assert "tokens/s" in capsys.readouterr().out
     path = tmp_path / "talk.json"
-    handle(talk, f"/save {path}")
-    assert json.loads(path.read_text())["messages"] == talk.messages
+    handle(made, f"/save {path}")
+    assert json.loads(path.read_text())["messages"] == made.messages
     for line in (f"/save {path}", "/save", "/temp hot", "/temp -1", "/nonsense"):
         with pytest.raises(UserError):
-            handle(talk, line)
-    handle(talk, "/clear")
-    assert talk.messages == [] and talk.settings.temperature == 0.7
+            handle(made, line)
+    handle(made, "/clear")
+    assert made.messages == [] and made.settings.temperature == 0.7
 
 
 # -- the terminal --------------------------------------------------------------------------------
@@ -185,17 +203,18 @@ def opened(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     engine = FakeEngine([[*tok.encode("Paris."), tok.eos_id]])
 
     @contextlib.contextmanager
-    def open_fake(path: Path, settings: Settings) -> Iterator[Chat]:
+    def open_fake(path: Path, settings: Settings, **_: Any) -> Iterator[Chat]:
         yield Chat(
             engine,
             tok,
             context=400,
             settings=settings,
             make_params=lambda now: now,
-            write=chat._to_stdout,
+            write=chat.to_stdout,
         )
 
     monkeypatch.setattr(chat, "open_chat", open_fake)
+    monkeypatch.setattr(chat_terminal, "open_chat", open_fake)
     return engine
 
 
@@ -204,6 +223,9 @@ def test_one_shot(opened: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "Paris.\n"
     with pytest.raises(UserError, match="empty"):
         chat.one_shot(tmp_path, " \n", Settings())
+    opened.interrupt_after = 1
+    assert chat.one_shot(tmp_path, "Capital of France?", Settings()) == 75
+    assert capsys.readouterr().out.endswith("(stopped)\n")
 
 
 def test_the_prompt_from_standard_input(
@@ -229,7 +251,7 @@ def test_talking_without_a_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/nonsense\n\n/quit\nnever read\n"))
-    assert chat.talk(tmp_path, Settings()) == 0
+    assert talk(tmp_path, Settings()) == 0
     out = capsys.readouterr()
     assert out.out == "Paris.\n"
     assert "there is no command /nonsense" in out.err

@@ -1,8 +1,9 @@
 """Talking to a model in the terminal: streaming, tools shown, a window that moves with the talk.
 
-`fledge chat MODEL` opens a conversation, `-p` asks once, `sample_conversation` asks five fitting
-questions for people who only watch. Called by `fledge.cli`. Generation is the engine's; this module
-holds the conversation, decides what still fits the context, and shows tokens as they come.
+`Chat` holds a conversation, decides what still fits the context, and shows tokens as they come;
+`fledge.chat_terminal` puts a keyboard before it. `one_shot` (`-p`) asks once, `sample_conversation`
+asks five fitting questions for people who only watch. Called by `fledge.cli`. Generation is the
+engine's.
 """
 
 from __future__ import annotations
@@ -15,22 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fledge import files
-from fledge.errors import EXIT_DONE, FledgeError, UserError
+from fledge.errors import EXIT_DONE, EXIT_INTERRUPTED, FledgeError, UserError
 from fledge.run import Run, find_checkpoint
-from fledge.tokenizer.chat import render_prompt, window
+from fledge.tokenizer.chat import prompt_room, render_prompt, window
 from fledge.tokenizer.reply import split_parts
-
-HELP = """\
-/help            this list
-/temp X          sampling temperature; 0 always takes the likeliest token
-/seed N          seed of the sampling
-/system TEXT     a system message; without TEXT none
-/retry           answer the last question again, with the next seed
-/stats           tokens and speed of the last answer
-/clear           forget the conversation
-/save FILE       write the conversation as JSON
-/quit            leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 GENERAL_QUESTIONS = (
     "What is the capital of France?",
@@ -81,16 +70,20 @@ class Chat:
         make_params: Callable[[Settings], Any],
         tools: Any = None,
         write: Callable[[str], None],
+        tool_colour: tuple[str, str] = ("", ""),
     ) -> None:
+        """`tool_colour`: what to write before and after a tool call, for terminals."""
         self.engine = engine
         self.tokenizer = tokenizer
         self.context = context
         self.settings = settings
         self.messages: list[dict[str, Any]] = []
         self.last: Reply | None = None
+        self.left_out = 0  # messages that the last answer did not see
         self._make_params = make_params
         self._tools = tools
         self._write = write
+        self._tool_colour = tool_colour
         self._told_of_window = False
 
     def ask(self, text: str) -> Reply:
@@ -120,7 +113,7 @@ class Chat:
     def _answer(self) -> Reply:
         prompt = render_prompt(self.tokenizer, self._fitting())
         reply = Reply()
-        shown = StreamText(self.tokenizer, self._write)
+        shown = StreamText(self.tokenizer, self._write, tool_colour=self._tool_colour)
         began = time.perf_counter()
         try:
             stream = self.engine.stream(prompt, self._make_params(self.settings), self._tools)
@@ -143,7 +136,7 @@ class Chat:
         """The newest turns that fit beside the answer; the oldest are dropped whole."""
         system = self.settings.system
         head = [{"role": "system", "content": system}] if system else []
-        room = self.context - min(self.settings.max_tokens, self.context // 3) - 1
+        room = prompt_room(self.context, self.settings.max_tokens)
         conversation = {"messages": [*head, *self.messages]}
         kept = window(conversation, self.tokenizer, room, keep="end")
         if kept is None:
@@ -152,8 +145,8 @@ class Chat:
                 f"this model reads at most {self.context} tokens, question and answer together",
                 "say it shorter" + (", or drop the system message with /system" if system else ""),
             )
-        dropped = len(conversation["messages"]) - len(kept["messages"])
-        if dropped and not self._told_of_window:
+        self.left_out = len(conversation["messages"]) - len(kept["messages"])
+        if self.left_out and not self._told_of_window:
             self._told_of_window = True
             self._write("(the oldest turns no longer fit this model's context and are left out)\n")
         return kept["messages"]
@@ -162,19 +155,27 @@ class Chat:
 class StreamText:
     """Tokens in, readable text out: whole UTF-8 characters only, tool calls in brackets."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        write: Callable[[str], None],
+        *,
+        tool_colour: tuple[str, str] = ("", ""),
+    ) -> None:
         special = tokenizer.special_tokens
+        on, self._off = tool_colour
         self._write = write
         self._decoder = tokenizer.decoder(skip_special=True)
         self._marks = {
-            special["<|python_start|>"]: "[python: ",
+            special["<|python_start|>"]: f"{on}[python: ",
             special["<|python_end|>"]: "",
             special["<|output_start|>"]: " -> ",
-            special["<|output_end|>"]: "]",
+            special["<|output_end|>"]: f"]{self._off}",
         }
         self._call = special["<|python_start|>"]
         self._returned = special["<|output_end|>"]
         self._is_open = False
+        self._wants_space = False  # between a tool's "]" and the text behind it
 
     def feed(self, token: int) -> None:
         """Show what this token completes."""
@@ -188,12 +189,13 @@ class StreamText:
         self._write(mark)
         if token == self._returned:
             self._is_open = False
+            self._wants_space = True
 
     def finish(self) -> None:
         """Show what is left, and close an open bracket."""
         self._flush()
         if self._is_open:
-            self._write("]")
+            self._write(f"]{self._off}")
 
     def _flush(self) -> None:
         self._show(self._decoder.finish())
@@ -202,14 +204,18 @@ class StreamText:
         # a model may write escape codes; they must not reach the terminal
         safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         if safe:
-            self._write(safe)
+            gap = " " if self._wants_space and not safe[0].isspace() else ""
+            self._wants_space = False
+            self._write(gap + safe)
 
 
 # -- loading -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def open_chat(path: Path, settings: Settings) -> Iterator[Chat]:
+def open_chat(
+    path: Path, settings: Settings, *, tool_colour: tuple[str, str] = ("", "")
+) -> Iterator[Chat]:
     """A chat with the model at `path`, writing to standard output."""
     folder, _, _ = find_checkpoint(path)
     from fledge.engine import Engine, SamplingParams
@@ -229,11 +235,12 @@ def open_chat(path: Path, settings: Settings) -> Iterator[Chat]:
             settings=settings,
             make_params=params,
             tools=tools,
-            write=_to_stdout,
+            write=to_stdout,
+            tool_colour=tool_colour,
         )
 
 
-def _to_stdout(text: str) -> None:
+def to_stdout(text: str) -> None:
     try:
         sys.stdout.write(text)
     except UnicodeEncodeError:
@@ -243,16 +250,16 @@ def _to_stdout(text: str) -> None:
     sys.stdout.flush()
 
 
-# -- the three ways to talk ----------------------------------------------------------------------
+# -- without a conversation ----------------------------------------------------------------------
 
 
 def one_shot(path: Path, prompt: str, settings: Settings) -> int:
-    """Ask once; returns the exit code."""
+    """Ask once; returns the exit code, EXIT_INTERRUPTED where Ctrl-C cut the answer."""
     if not prompt.strip():
         raise UserError("the prompt is empty", "there is nothing to answer", "give -p TEXT")
     with open_chat(path, settings) as chat:
-        chat.ask(prompt.strip())
-    return EXIT_DONE
+        reply = chat.ask(prompt.strip())
+    return EXIT_INTERRUPTED if reply.stopped else EXIT_DONE
 
 
 def sample_conversation(path: Path, settings: Settings) -> int:
@@ -302,105 +309,3 @@ def _last_text(item: dict[str, Any]) -> str:
 def _text(message: dict[str, Any]) -> str:
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def talk(path: Path, settings: Settings) -> int:
-    """A conversation until /quit, Ctrl-D or the end of standard input."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (arrow keys and history in input())
-    terminal = sys.stdin.isatty()
-    with open_chat(path, settings) as chat:
-        if terminal:
-            print("Type a message; /help lists the commands, /quit leaves.")
-        while True:
-            try:
-                line = input("\nyou: " if terminal else "").strip()
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                print("\n(/quit or Ctrl-D leaves)")
-                continue
-            if line == "/quit":
-                break
-            try:
-                handle(chat, line)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-    if terminal:
-        print()
-    return EXIT_DONE
-
-
-def handle(chat: Chat, line: str) -> None:
-    """One line of the user: a command, or something to say."""
-    if not line:
-        return
-    if not line.startswith("/"):
-        chat.ask(line)
-        return
-    word, _, rest = line.partition(" ")
-    command = _COMMANDS.get(word)
-    if command is None:
-        raise UserError(f"there is no command {word}", "it is not in the list", "/help shows them")
-    command(chat, rest.strip())
-
-
-def _set_temperature(chat: Chat, text: str) -> None:
-    value = _number(text, float)
-    if not 0 <= value <= 10:
-        raise UserError(f"temperature {text}", "it is out of range", "give 0 to 10")
-    chat.settings = replace(chat.settings, temperature=value)
-
-
-def _set_seed(chat: Chat, text: str) -> None:
-    chat.settings = replace(chat.settings, seed=_number(text, int))
-
-
-def _number(text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"{text!r} is not a number", "the command needs one", "/help") from None
-
-
-def _set_system(chat: Chat, text: str) -> None:
-    chat.settings = replace(chat.settings, system=text or None)
-
-
-def _retry(chat: Chat, _: str) -> None:
-    if chat.retry() is None:
-        raise UserError("nothing to retry", "nothing was asked yet", "ask something first")
-
-
-def _stats(chat: Chat, _: str) -> None:
-    if chat.last is None:
-        raise UserError("no answer yet", "there is nothing to measure", "ask something first")
-    reply, used = chat.last, len(render_prompt(chat.tokenizer, chat.messages))
-    rate = len(reply.ids) / reply.seconds if reply.seconds > 0 else 0.0
-    print(
-        f"{len(reply.ids)} tokens in {reply.seconds:.2f} s ({rate:.0f} tokens/s, first after "
-        f"{reply.first_seconds:.2f} s); the conversation is {used} of {chat.context} tokens; "
-        f"temperature {chat.settings.temperature:g}, seed {chat.settings.seed}"
-    )
-
-
-def _save(chat: Chat, text: str) -> None:
-    if not text:
-        raise UserError("where to?", "/save needs a file name", "/save talk.json")
-    path = Path(text)
-    if path.exists():
-        raise UserError(f"{path} exists", "nothing is overwritten", "choose another name")
-    files.write_json(path, {"messages": chat.messages})
-    print(f"saved to {path}")
-
-
-_COMMANDS: dict[str, Callable[[Chat, str], None]] = {
-    "/help": lambda _, __: print(HELP),
-    "/temp": _set_temperature,
-    "/seed": _set_seed,
-    "/system": _set_system,
-    "/retry": _retry,
-    "/stats": _stats,
-    "/clear": lambda chat, _: chat.clear(),
-    "/save": _save,
-}

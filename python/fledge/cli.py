@@ -381,7 +381,9 @@ def verb_chat(words: list[str]) -> int:
     if args.prompt is not None:
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
         return chat.one_shot(args.model, prompt, settings)
-    return chat.talk(args.model, settings)
+    from fledge.chat_terminal import talk
+
+    return talk(args.model, settings)
 
 
 def verb_bench(words: list[str]) -> int:

@@ -32,6 +32,7 @@ def parser() -> Parser:
     )  # fmt: skip
     made.add_argument("--no-python", action="store_true", help="never run the model's python parts")
     made.add_argument("--openapi", action="store_true", help="show /openapi.json")
+    made.add_argument("--quiet", action="store_true", help="no line per request")
     made.add_argument("--replicas", type=positive, default=1, help="engines per model, one per GPU")
     made.add_argument(
         "--max-waiting", type=positive, default=256, help="rows that may queue (default: 256)"
@@ -61,7 +62,8 @@ def serve(words: list[str]) -> int:
     from fledge.serve.settings import Limits, Settings
 
     logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO, format="%(asctime)s %(message)s"
+        level=logging.DEBUG if args.debug else logging.WARNING if args.quiet else logging.INFO,
+        format="%(asctime)s %(message)s",
     )
     limits = Limits(
         waiting_rows=args.max_waiting,

@@ -136,6 +136,22 @@ class Run:
         """True if `path` is a run directory."""
         return (Path(path) / "resolved.json").is_file()
 
+    def is_worked_on(self) -> bool:
+        """Whether the process that last held the run still lives; does not touch the lock.
+
+        Taking the lock to find out would make a `fledge run` that starts just then fail.
+        """
+        if os.name == "nt":
+            return True  # os.kill would end the process there; a stage's record must do
+        try:
+            pid = int((self.path / ".lock").read_text(encoding="utf-8", errors="replace"))
+            os.kill(pid, 0)
+        except PermissionError:
+            return True  # another user's process
+        except (OSError, ValueError, OverflowError):
+            return False
+        return True
+
     def close(self) -> None:
         """Let go of the lock."""
         if self._lock is not None:

@@ -372,3 +372,52 @@ def test_metrics_page(fake):
                  "vllm:prompt_tokens_total", "fledge:http_requests_total"):  # fmt: skip
         assert f"\n{name}" in text, name
     assert "say x" not in text
+
+
+def test_an_unfinished_answer_goes_on(fake):
+    """continue_final_message: the prompt ends inside the assistant's turn."""
+    messages = [{"role": "user", "content": "say abc"}, {"role": "assistant", "content": "ab"}]
+    body = {"messages": messages, "continue_final_message": True}
+    status, _, _ = ask(fake.url, "POST", "/v1/chat/completions", json.dumps(body))
+    prompt = list(fake.engine.requests.values())[-1].prompt
+    assert status == 200
+    assert fake.engine.tokenizer.decode(prompt).endswith("<|assistant_start|>ab")
+    wrong = {**body, "messages": messages[:1]}
+    status, _, reply = ask(fake.url, "POST", "/v1/chat/completions", json.dumps(wrong))
+    assert (status, json.loads(reply)["error"]["param"]) == (400, "continue_final_message")
+
+
+def test_the_oldest_exchanges_are_left_out_where_that_is_asked(toy):
+    made = fake_server(toy, context=120)
+    messages = [{"role": "system", "content": "S"}]
+    for i in range(6):
+        messages += [{"role": "user", "content": f"say number {i}"},
+                     {"role": "assistant", "content": f"number {i}"}]  # fmt: skip
+    messages.append({"role": "user", "content": "say now"})
+    with made.server:
+
+        def send(**more):
+            body = json.dumps({"messages": messages, **more})
+            status, _, reply = ask(made.url, "POST", "/v1/chat/completions", body)
+            return status, json.loads(reply)
+
+        assert send()[1]["error"]["code"] == "context_length_exceeded"
+        assert send(truncation="disabled")[0] == 400
+        assert send(truncation="sometimes")[0] == 400
+        status, reply = send(truncation="auto")
+        prompt = list(made.engine.requests.values())[-1].prompt
+        text = made.engine.tokenizer.decode(prompt)
+        assert status == 200 and reply["usage"]["dropped_messages"] % 2 == 0
+        assert text.startswith("<|bos|><|system_start|>S") and "number 0" not in text
+        assert "number 5" in text and text.endswith("say now<|user_end|><|assistant_start|>")
+        assert len(prompt) <= 120 - 120 // 3
+        status, reply = send(truncation="auto", max_tokens=2)
+        longer = list(made.engine.requests.values())[-1].prompt
+        assert len(prompt) < len(longer) <= 118  # a short answer leaves more room to what was said
+        messages[-1]["content"] = "x" * 200
+        assert send(truncation="auto")[1]["error"]["code"] == "context_length_exceeded"
+    short = fake_server(toy)
+    with short.server:
+        body = json.dumps({"messages": messages[-1:], "truncation": "auto"})
+        _, _, reply = ask(short.url, "POST", "/v1/chat/completions", body)
+        assert json.loads(reply)["usage"]["dropped_messages"] == 0

@@ -16,6 +16,7 @@ from fledge.serve.server import LiveServer, make_context
 from fledge.serve.settings import Limits, Settings
 from fledge.tokenizer.chat import render_prompt
 from tests.helpers_model import tiny_model
+from tests.serve.browser import a_page, answered, press, say
 from tests.serve.test_http import ask, chat
 
 CONTEXT = 128
@@ -218,3 +219,26 @@ def test_a_foreign_template_is_used(folder, toy, tmp_path):
                     toy.special_tokens["<|user_end|>"],
                     toy.special_tokens["<|assistant_start|>"]]  # fmt: skip
         assert f'"prompt_tokens":{len(expected)}'.encode() in reply
+
+
+@pytest.mark.browser
+def test_the_page_with_a_real_engine(browser, server):
+    """Random weights write nonsense; it streams, stops, goes on, and every token has its odds."""
+    with a_page(browser, server.url, models=1) as page:
+        press(page, "Settings")
+        page.fill("#s-max_tokens", "8")
+        press(page, "Done")
+        say(page, "3 plus 4 is")
+        tools = page.locator(".message.assistant .tools")
+        assert "8 tokens" in tools.inner_text() or "tokens" in tools.inner_text()
+        if "cut at its longest" in tools.inner_text():
+            before = page.locator(".message.assistant [data-kind]").all_inner_texts()
+            press(page, "Continue")
+            answered(page)
+            after = page.locator(".message.assistant [data-kind]").all_inner_texts()
+            assert "".join(after).startswith("".join(before)[:-1])
+        press(page, "How sure the model was of each token")
+        assert page.locator(".heat span").count() > 0
+        press(page, "Regenerate")
+        answered(page)
+        assert page.locator(".switch").inner_text() == "\u20392/2\u203a"

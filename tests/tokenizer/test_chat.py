@@ -76,6 +76,21 @@ def test_prompt_is_a_prefix_of_the_rendered_whole(tok):
         assert ids[: len(prompt)] == prompt
 
 
+def test_an_unfinished_answer_leaves_its_turn_open(tok):
+    messages = [
+        {"role": "user", "content": "Count"},
+        {"role": "assistant", "content": [{"type": "python", "text": "1+1"},
+                                          {"type": "output", "text": "2"},
+                                          {"type": "text", "text": "It is"}]},
+    ]  # fmt: skip
+    prompt = chat.render_prompt(tok, messages, continue_final=True)
+    ids, _ = chat.render(tok, {"messages": messages})
+    assert prompt == ids[:-1] and ids[-1] == tok.special_tokens["<|assistant_end|>"]
+    for wrong in (messages[:1], []):
+        with pytest.raises(UserError, match="no answer to continue"):
+            chat.render_prompt(tok, wrong, continue_final=True)
+
+
 def test_openai_tool_calls_become_one_turn(tok):
     call = {"id": "1", "type": "function"}
     ask = {"role": "user", "content": "weather?"}

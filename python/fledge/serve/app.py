@@ -14,7 +14,10 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import fledge
-from fledge.serve import openapi, pages
+from fledge.config import TRAINED_STAGES
+from fledge.errors import UserError
+from fledge.run import Run
+from fledge.serve import openapi, pages, training
 from fledge.serve.api_errors import ApiError, bad_value
 from fledge.serve.chat_api import start_chat
 from fledge.serve.completions_api import CompletionCall
@@ -97,6 +100,8 @@ class App:
             return path, (method, "HEAD") if method == "GET" else (method,), handler
         if path.startswith("/v1/models/"):
             return "/v1/models/{id}", ("GET", "HEAD"), self.one_model
+        if path.startswith("/runs/"):
+            return "/runs/{name}", ("GET", "HEAD"), self.run_progress
         if path.startswith("/web/") and pages.known(path):
             return "/web/", ("GET", "HEAD"), self.page
         return "other", (), None
@@ -196,6 +201,22 @@ class App:
         if any(token >= model.tokenizer.vocab_size for token in request.tokens):
             raise bad_value("tokens", f"A token id is not below {model.tokenizer.vocab_size}.")
         await send_json(send, {"prompt": model.tokenizer.decode(request.tokens)})
+
+    # -- runs --------------------------------------------------------------------------------
+
+    async def run_progress(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """GET /runs/NAME and /runs/NAME/STAGE: how far the run of a served model is."""
+        name, _, stage = scope["path"].removeprefix("/runs/").partition("/")
+        runs: dict[str, Run] = {m.run.name: m.run for m in self.context.models if m.run is not None}
+        if name not in runs or (stage and stage not in TRAINED_STAGES):
+            raise ApiError(404, "No served model has such a run or stage.", code="unknown_run")
+        work = (training.detail, runs[name], stage) if stage else (training.overview, runs[name])
+        try:
+            await send_json(send, await asyncio.to_thread(*work))
+        except UserError as error:  # a record that is broken, or of another version
+            raise ApiError(
+                500, f"{error.what}: {error.why}.", type="server_error", code="run_unreadable"
+            ) from None
 
     def _named_in_query(self, scope: Scope) -> ServedModel:
         query = parse_qs(scope.get("query_string", b"").decode("latin-1"))

@@ -35,7 +35,10 @@ class ChatCall:
         model: ServedModel,
         prompt: list[int],
         key: str,
+        dropped: int | None = None,
     ) -> None:
+        """`dropped`: messages that were left out of the prompt, None where none could be."""
+        self.dropped = dropped
         self.request = request
         self.model = model
         self.prompt = prompt
@@ -63,7 +66,8 @@ class ChatCall:
         self.tools: Any = None
         if (runs_python or functions) and context.tools is not None:
             self.tools = RequestTools(context.tools, functions, context.metrics)
-        begun = forced_start(request, model.tokenizer)
+        goes_on = request.continue_final_message
+        begun = [] if goes_on else forced_start(request, model.tokenizer)
         self.replies = [
             ChatReply(
                 model.tokenizer,
@@ -151,7 +155,8 @@ class ChatCall:
 
     def _usage(self) -> dict[str, Any]:
         generated = sum(reply.tokens for reply in self.replies)
-        return usage_of(len(self.prompt), generated, self.job.cached)
+        usage = usage_of(len(self.prompt), generated, self.job.cached)
+        return usage if self.dropped is None else {**usage, "dropped_messages": self.dropped}
 
 
 def usage_of(prompt: int, generated: int, cached: int | None) -> dict[str, Any]:
@@ -173,13 +178,15 @@ async def start_chat(
     thread, so that the streams of others go on."""
     model = context.models.get(request.model)
     model.pool.check_room(request.n or 1)
+    dropped = None
     if model.foreign is not None:
         prompt = await foreign_ids(request, model.tokenizer, model.foreign)
     elif in_thread:
-        prompt = await asyncio.to_thread(native_ids, request, model.tokenizer)
+        work = (native_ids, request, model.tokenizer, model.context)
+        prompt, dropped = await asyncio.to_thread(*work)
     else:
-        prompt = native_ids(request, model.tokenizer)
-    call = ChatCall(context, request, model, prompt, key)
+        prompt, dropped = native_ids(request, model.tokenizer, model.context)
+    call = ChatCall(context, request, model, prompt, key, dropped)
     (handle,) = model.pool.submit([call.job])
     return call, handle
 

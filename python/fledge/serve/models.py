@@ -17,8 +17,9 @@ from typing import Any
 
 import fledge
 from fledge.errors import UserError
-from fledge.run import find_checkpoint
+from fledge.run import Run, find_checkpoint
 from fledge.serve.api_errors import no_such_model
+from fledge.serve.cards import card_of
 from fledge.serve.jobs import EngineLike
 from fledge.serve.metrics import Metrics
 from fledge.serve.settings import Limits
@@ -41,6 +42,8 @@ class ServedModel:
     template: str = field(default_factory=chat_template)
     foreign: ForeignTemplate | None = None
     card: dict[str, Any] = field(default_factory=dict)
+    run: Run | None = None
+    """The run that raised it; None for a checkpoint folder from elsewhere."""
 
 
 class Models:
@@ -116,7 +119,8 @@ def served_models(
                 fingerprint=_fingerprint(folder, config),
                 template=source or chat_template(),
                 foreign=ForeignTemplate(source or "", tokenizer, limits) if foreign else None,
-                card=_card(config, run, stage),
+                card=card_of(config, run, stage),
+                run=run,
             )
         )
     return served
@@ -165,17 +169,3 @@ def _fingerprint(folder: Path, config: dict[str, Any]) -> str:
     stat = weights.stat() if weights.is_file() else None
     seen = [fledge.__version__, config, [stat.st_size, stat.st_mtime_ns] if stat else None]
     return "fp_" + hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _card(config: dict[str, Any], run: Any, stage: str | None) -> dict[str, Any]:
-    """What the page shows of a model: its shape, and its scores where its run has a report."""
-    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    card: dict[str, Any] = {"stage": stage, **{key: config.get(key) for key in keys}}
-    if run is not None and run.report_file("json").is_file():
-        try:
-            report = json.loads(run.report_file("json").read_text(encoding="utf-8"))
-            card["model"] = report.get("model")
-            card["scores"] = report.get("stages", {}).get(stage or "", {}).get("scores", {})
-        except (OSError, ValueError):
-            card["scores"] = {}  # a report that is being written; the card does without
-    return card

@@ -13,29 +13,48 @@ from collections.abc import Sequence
 from typing import Any
 
 from fledge.errors import UserError
-from fledge.serve.api_errors import bad_value
+from fledge.serve.api_errors import bad_value, unsupported
 from fledge.serve.schema import ChatRequest, Message, NamedChoice, ToolDeclaration
 from fledge.serve.templates import ForeignTemplate
 from fledge.tokenizer import Tokenizer
-from fledge.tokenizer.chat import render_prompt
+from fledge.tokenizer.chat import prompt_room, render_prompt, window
 
 PYTHON_START = "<|python_start|>"
 
 
-def native_ids(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
-    """The prompt in fledge's own format, with the beginning of a call that tool_choice demands."""
+def native_ids(
+    request: ChatRequest, tokenizer: Tokenizer, context: int
+) -> tuple[list[int], int | None]:
+    """(prompt in fledge's own format, messages left out of it or None where nobody asked).
+
+    The prompt ends with the beginning of a call that tool_choice demands. `context` is how many
+    tokens the model reads; it matters to truncation "auto" only.
+    """
     messages = [_plain(message) for message in request.messages]
+    goes_on = bool(request.continue_final_message)
     try:
-        ids = render_prompt(tokenizer, _with_tools(messages, declared(request)))
+        messages = _with_tools(messages, declared(request))
+        kept = messages
+        if request.truncation == "auto":
+            asked = request.max_completion_tokens or request.max_tokens
+            room = prompt_room(context, asked)
+            fitting = window({"messages": messages}, tokenizer, room, keep="end")
+            kept = messages if fitting is None else fitting["messages"]
+        ids = render_prompt(tokenizer, kept, continue_final=goes_on)
     except UserError as error:
         raise bad_value("messages", f"{error.what}: {error.why}.") from None
-    return ids + forced_start(request, tokenizer)
+    dropped = len(messages) - len(kept) if request.truncation == "auto" else None
+    return ids + ([] if goes_on else forced_start(request, tokenizer)), dropped
 
 
 async def foreign_ids(
     request: ChatRequest, tokenizer: Tokenizer, template: ForeignTemplate
 ) -> list[int]:
-    """The same through a template of somebody else."""
+    """The same through a template of somebody else, which neither cuts nor goes on."""
+    if request.continue_final_message:
+        raise unsupported(
+            "continue_final_message", "This model has a chat template that cannot go on."
+        )
     messages = [_plain(message) for message in request.messages]
     tools = [tool.model_dump(exclude_none=True) for tool in declared(request)]
     return await template.ids(messages, tools or None) + forced_start(request, tokenizer)

@@ -165,6 +165,11 @@ class ChatRequest(Sampling):
     safety_identifier: str | None = Field(None, max_length=512)
     python_tool: bool | None = None
     """Extension: false keeps the server from running the model's python parts."""
+    continue_final_message: bool | None = None
+    """Extension, named as vLLM has it: the last message is the assistant's, and goes on."""
+    truncation: Literal["auto", "disabled"] | None = None
+    """Extension, named as in OpenAI's Responses: auto leaves out the oldest exchanges that do not
+    fit the context beside an answer; usage.dropped_messages tells how many messages that were."""
 
 
 class CompletionRequest(Sampling):
@@ -315,6 +320,10 @@ def _check_chat(request: ChatRequest, limits: Limits) -> None:
         raise bad_value("tools", f"At most {limits.tools} tools are allowed.")
     if len(set(names)) < len(names):
         raise bad_value("tools", "Two tools have the same name.")
+    if request.continue_final_message and request.messages[-1].role != "assistant":
+        raise bad_value(
+            "continue_final_message", "The last message is not the assistant's: nothing to go on."
+        )
     choice = request.tool_choice
     if choice not in (None, "none") and not tools:
         raise bad_value("tool_choice", "tool_choice needs tools.")

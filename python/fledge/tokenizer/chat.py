@@ -43,13 +43,22 @@ def render(tok: Tokenizer, conversation: Conversation) -> tuple[list[int], list[
     return _encode(tok, _segments(conversation["messages"], prompt=False))
 
 
-def render_prompt(tok: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def render_prompt(
+    tok: Tokenizer, messages: Sequence[Message], *, continue_final: bool = False
+) -> list[int]:
     """Ids after which the assistant's reply is generated.
 
     They end with <|assistant_start|>, or inside the open turn where the last message is a tool's
-    result: the assistant goes on after it.
+    result: the assistant goes on after it. With `continue_final` the last message is an unfinished
+    one of the assistant, and its turn stays open too.
     """
-    return _encode(tok, _segments(messages, prompt=True))[0]
+    if continue_final and (not messages or messages[-1].get("role") != "assistant"):
+        raise UserError(
+            "there is no answer to continue",
+            "the last message is not the assistant's",
+            "end with the assistant's unfinished message",
+        )
+    return _encode(tok, _segments(messages, prompt=True, continue_final=continue_final))[0]
 
 
 def render_text(conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
@@ -86,6 +95,17 @@ def window(
     return {**conversation, "messages": [*system, *(m for exchange in kept for m in exchange)]}
 
 
+def prompt_room(context: int, asked: int | None) -> int:
+    """Tokens that a conversation may take where its oldest exchanges may be left out of `window`.
+
+    The rule of the terminal chat and of the server's truncation "auto": the answer gets as many
+    tokens as were asked for, but never more than a third of the context; the rest is for what was
+    said, less one for the marker that opens the answer.
+    """
+    third = context // 3
+    return context - (third if asked is None else min(asked, third)) - 1
+
+
 def _encode(tok: Tokenizer, segments: Iterator[Segment]) -> tuple[list[int], list[int]]:
     special = tok.special_tokens
     ids: list[int] = []
@@ -97,7 +117,9 @@ def _encode(tok: Tokenizer, segments: Iterator[Segment]) -> tuple[list[int], lis
     return ids, mask
 
 
-def _segments(messages: Sequence[Message], *, prompt: bool) -> Iterator[Segment]:
+def _segments(
+    messages: Sequence[Message], *, prompt: bool, continue_final: bool = False
+) -> Iterator[Segment]:
     """The conversation as segments; neighbouring text of one part type is already joined."""
     yield Segment(BOS, True, False)
     for i, message in enumerate(messages):
@@ -106,8 +128,10 @@ def _segments(messages: Sequence[Message], *, prompt: bool) -> Iterator[Segment]
             if not _continues(messages, i):
                 yield Segment("<|assistant_start|>", True, False)
             yield from _assistant_segments(message, i)
-            following = i + 1 < len(messages) and _continues(messages, i + 1)
-            if not following and not (prompt and role == "tool" and i + 1 == len(messages)):
+            final = i + 1 == len(messages)
+            following = not final and _continues(messages, i + 1)
+            stays_open = prompt and final and (role == "tool" or continue_final)
+            if not following and not stays_open:
                 yield Segment("<|assistant_end|>", True, True)
         else:
             yield Segment(f"<|{role}_start|>", True, False)
@@ -115,7 +139,8 @@ def _segments(messages: Sequence[Message], *, prompt: bool) -> Iterator[Segment]
             if text:
                 yield Segment(text, False, False)
             yield Segment(f"<|{role}_end|>", True, False)
-    if prompt and not (messages and _role(messages[-1], len(messages) - 1) == "tool"):
+    is_open = continue_final or (messages and _role(messages[-1], len(messages) - 1) == "tool")
+    if prompt and not is_open:
         yield Segment("<|assistant_start|>", True, False)
 
 

@@ -1,346 +1,158 @@
-// The page: a pure client of /v1. State is one conversation at a time; a message of the assistant
-// is {role, content, tool_events, stats, fault}. Everything shown is built from nodes.
+// The page: a pure client of the server's HTTP interface. This file holds what is open now and wires
+// the parts; each part has its own file. Everything shown is built from nodes.
 
-import { events } from "/web/sse.js";
-import { element, update } from "/web/markdown.js";
-import * as store from "/web/store.js";
+import { $, button, element, read, write } from "./dom.js";
+import * as api from "./api.js";
+import * as answers from "./answer.js";
+import { honest, scoreText, showCard } from "./card.js";
+import { defaults, openSettings } from "./settings.js";
+import { Side } from "./side.js";
+import { Speaker } from "./speak.js";
+import * as store from "./store.js";
+import { Training } from "./training.js";
+import { add, choose, fresh, path } from "./tree.js";
+import { scroll, View } from "./view.js";
 
-const $ = (id) => document.getElementById(id);
-const FIELDS = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed"];
 const TRIES = ["What is the capital of France?", "What is 12 * 7?", "How many letters r are in strawberry?"];
+const ABOUT = { world_facts: "a fact it read", world_math: "a calculation, with Python", world_spell: "spelling" };
+const HEARTBEAT = 10000; // ms between looks at the server while nothing else is asked of it
+const RETRY = 2000;
 
-let chat = fresh();
+let chat = fresh(defaults());
 let models = [];
-let running = null; // the AbortController of the answer under way
-let settings = read("fledge.settings", { temperature: "0.7" });
+const running = new Map(); // id of a conversation -> {control, node, chat}
 
-function fresh() {
-  return { id: crypto.randomUUID?.() ?? String(Math.random()), title: "", messages: [], changed: 0 };
-}
+const speaker = new Speaker($("spoken"));
+const training = new Training();
+const isLive = (node) => running.get(chat.id)?.node === node;
+const view = new View($("messages"), {
+  edit: (node, text) => say(text, node.parent),
+  regenerate: (node) => answer(node.parent, { again: true }),
+  goOn: (node) => answer(node.parent, { goOn: node }),
+  choose: (node) => {
+    choose(chat, node);
+    store.save(chat, false);
+    show();
+  },
+  shown: () => show(),
+}, isLive);
+const side = new Side({ current: () => chat, open, begin, tell });
 
-function read(name, fallback) {
-  try {
-    return JSON.parse(localStorage.getItem(name)) ?? fallback;
-  } catch {
-    return fallback;
-  }
-}
-
-function write(name, value) {
-  try {
-    localStorage.setItem(name, JSON.stringify(value));
-  } catch {
-    // a browser without storage forgets; the page works all the same
-  }
-}
-
-function headers() {
-  const key = sessionStorage.getItem("fledge.key");
-  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
-}
+const model = () => models.find((m) => m.id === $("model").value) ?? models[0];
+const other = () => models.find((m) => m.id === $("other").value);
 
 // -- asking ---------------------------------------------------------------------------------------
 
-function requestOf(messages) {
-  const body = { model: $("model").value, stream: true, stream_options: { include_usage: true } };
-  for (const name of FIELDS.slice(1)) {
-    const value = settings[name];
-    if (value !== undefined && value !== "" && Number.isFinite(Number(value))) body[name] = Number(value);
-  }
-  const said = messages.map(({ role, content, tool_events }) => ({ role, content: parts(content, tool_events) }));
-  body.messages = settings.system ? [{ role: "system", content: settings.system }, ...said] : said;
-  return body;
+function say(text, parent) {
+  if (running.has(chat.id) || !text.trim()) return;
+  chat.title ||= text.trim().replace(/\s+/g, " ").slice(0, 60);
+  const node = add(chat, parent, { role: "user", content: text.trim() });
+  tour(text.trim());
+  answer(node.id);
 }
 
-// what the model wrote before goes back to it with its python and output in their places
-function parts(content, tools) {
-  if (!tools?.length) return content;
-  const list = [];
-  let from = 0;
-  for (const event of tools) {
-    if (event.type === "python") {
-      if (event.at > from) list.push({ type: "text", text: content.slice(from, event.at) });
-      from = event.at;
-      list.push({ type: "python", text: event.code });
-    } else {
-      list.push({ type: "output", text: event.output });
-    }
-  }
-  if (from < content.length) list.push({ type: "text", text: content.slice(from) });
-  return list;
-}
-
-async function answer() {
+async function answer(parent, { again = false, goOn = null } = {}) {
+  if (running.has(chat.id)) return;
   const owner = chat;
-  const message = { role: "assistant", content: "", tool_events: [], stats: null, fault: null };
-  const request = requestOf(owner.messages);
-  owner.messages.push(message);
-  const control = (running = new AbortController());
-  const began = performance.now();
-  let first = null;
-  let usage = null;
+  const history = path(owner).slice(0, path(owner).findIndex((node) => node.id === parent) + 1);
+  const pair = goOn ? null : other();
+  const node = goOn ?? add(owner, parent, answers.blank(model().id));
+  if (pair) node.twin = answers.blank(pair.id);
+  const control = new AbortController();
+  running.set(owner.id, { control, node, chat: owner });
+  const options = { goOn, again };
+  const lanes = [[node, model(), history], ...(pair ? [[node.twin, pair, history.map((m) => m.twin ?? m)]] : [])];
+  delete node.stats;
+  speaker.begin();
   show();
-  const view = $("messages").lastElementChild;
+  store.save(owner).then(() => side.show());
   let asked = false;
-  const paint = () => {
-    asked = false;
-    if (chat === owner) fill(view, message, true);
-  };
-  const later = () => {
-    if (!asked) requestAnimationFrame(paint);
+  const changed = () => {
+    if (!asked) requestAnimationFrame(() => {
+      asked = false;
+      if (chat !== owner || !running.has(owner.id)) return;
+      view.fill(owner, node, true);
+      speaker.feed(node.content);
+      scroll(false);
+    });
     asked = true;
   };
-  try {
-    const reply = await fetch("/v1/chat/completions", {
-      method: "POST", headers: headers(), body: JSON.stringify(request), signal: control.signal,
-    });
-    if (!reply.ok) throw await faultOf(reply);
-    let reason = null;
-    for await (const event of events(reply.body)) {
-      if (event.error) throw new Fault(event.error.message, event.error.code);
-      usage = event.usage ?? usage;
-      for (const choice of event.choices) {
-        if (choice.delta.content) first ??= performance.now();
-        message.content += choice.delta.content ?? "";
-        message.tool_events.push(...(choice.delta.tool_events ?? []));
-        reason = choice.finish_reason ?? reason;
-      }
-      speak(message.content);
-      later();
-    }
-    if (reason === null) throw new Fault("The answer broke off.", "cut");
-    message.cut = reason === "length";
-  } catch (error) {
-    if (error.name === "AbortError") message.stopped = true;
-    else message.fault = error instanceof Fault ? error.message : "The server cannot be reached.";
+  await Promise.all(lanes.map(([message, by, before]) => answers.stream(
+    message, answers.requestOf(before, owner.settings, by, options), control.signal, changed)));
+  running.delete(owner.id);
+  if (chat === owner) {
+    show();
+    speaker.feed(node.content, node.fault ?? (node.stopped ? "Stopped." : "The answer is complete."));
   }
-  const seconds = (performance.now() - began) / 1e3;
-  const tokens = usage?.completion_tokens ?? null;
-  message.stats = { seconds, first: first === null ? null : (first - began) / 1e3, tokens };
-  running = null;
+  if (node.code === "invalid_api_key") settings();
+  if (node.code === "offline") loadModels();
   await store.save(owner);
-  if (chat === owner) show();
-  speak(message.content, true);
-  list();
+  side.show();
 }
 
-class Fault extends Error {
-  constructor(message, code) {
-    super(message);
-    this.code = code;
-  }
-}
-
-async function faultOf(reply) {
-  let error = {};
-  try {
-    error = (await reply.json()).error ?? {};
-  } catch {
-    // not our shape: a proxy's page, perhaps
-  }
-  const wait = reply.headers.get("retry-after");
-  const told = error.message ?? `The server answered with status ${reply.status}.`;
-  if (reply.status === 401) $("drawer").showModal();
-  return new Fault(wait ? `${told} (Try again in ${wait} s.)` : told, error.code);
-}
-
-function send(text) {
-  if (running || !text.trim()) return;
-  chat.title ||= text.trim().slice(0, 60);
-  chat.messages.push({ role: "user", content: text.trim() });
-  $("box").value = "";
-  grow();
-  answer();
-}
-
-function regenerate() {
-  if (running) return;
-  while (chat.messages.at(-1)?.role === "assistant") chat.messages.pop();
-  if (chat.messages.length) answer();
-}
-
-function edit(index) {
-  if (running) return;
-  $("box").value = chat.messages[index].content;
-  chat.messages.length = index;
-  show();
-  grow();
-  $("box").focus();
-}
+const stop = () => running.get(chat.id)?.control.abort();
 
 // -- showing --------------------------------------------------------------------------------------
 
 function show() {
-  $("empty").hidden = chat.messages.length > 0;
-  $("messages").replaceChildren(...chat.messages.map((message, i) => {
-    const node = element("li", element("div"), element("div"), element("div"));
-    node.className = `message ${message.role}`;
-    const [who, body, tools] = node.children;
-    who.className = "who";
-    who.textContent = message.role === "user" ? "You" : "Model";
-    body.className = "body";
-    tools.className = "tools";
-    fill(node, message, running !== null && i === chat.messages.length - 1, i);
-    return node;
-  }));
-  $("send").hidden = running !== null;
-  $("stop").hidden = running === null;
+  const shown = path(chat);
+  $("empty").hidden = shown.length > 0;
+  view.show(chat);
+  const busy = running.has(chat.id);
+  $("send").hidden = busy;
+  $("stop").hidden = !busy;
+  paintContext(shown);
   scroll(true);
 }
 
-// pieces of text and tool cards in their order; only what changed is made anew
-function fill(node, message, live, index = -1) {
-  const [, body, tools] = node.children;
-  if (message.role === "user") {
-    body.textContent = message.content;
-    tools.replaceChildren(button("Edit", () => edit(index)), copyButton(() => message.content));
-    return;
+function paintContext(shown) {
+  const stats = shown.findLast((node) => node.stats?.prompt)?.stats;
+  const most = model()?.max_model_len;
+  $("context").hidden = !stats || !most;
+  if (!stats || !most) return;
+  const used = Math.min(most, stats.prompt + (stats.tokens ?? 0));
+  $("context").textContent = `Context: ${used} of ${most} tokens used, ${most - used} left.`
+    + (used > 0.7 * most ? " When it is full, the oldest questions are left out." : "");
+  $("context").classList.toggle("full", used > 0.7 * most);
+}
+
+function tell(text, label, work) {
+  const act = label ? [button(label, () => {
+    $("status").hidden = true;
+    work();
+  })] : [];
+  $("status").replaceChildren(text, ...act);
+  $("status").hidden = !text;
+}
+
+function open(entry) {
+  chat = running.get(entry.id)?.chat ?? entry;
+  const served = (id) => models.some((m) => m.id === id);
+  if (served(chat.model)) $("model").value = chat.model;
+  $("other").value = served(chat.other) ? chat.other : "";
+  closeMenu();
+  paintModel();
+  try {
+    show();
+  } catch {
+    begin();
+    tell("That conversation is damaged.");
   }
-  const pieces = piecesOf(message);
-  while (body.children.length > pieces.length) body.lastChild.remove();
-  pieces.forEach((piece, i) => {
-    let at = body.children[i];
-    const kind = piece.card ? "card" : "text";
-    if (!at || at.dataset.kind !== kind) {
-      const made = piece.card ? element("details") : element("div");
-      made.dataset.kind = kind;
-      if (at) at.replaceWith(made); else body.append(made);
-      at = made;
-    }
-    if (piece.card) fillCard(at, piece.card);
-    else update(at, piece.text);
-  });
-  body.classList.toggle("cursor", live);
-  if (live) {
-    scroll(false);
-    return;
-  }
-  if (message.fault) {
-    const box = element("p", message.fault);
-    box.className = "fault";
-    box.setAttribute("role", "alert");
-    body.append(box);
-  }
-  const last = message === chat.messages.at(-1);
-  tools.replaceChildren(
-    copyButton(() => message.content),
-    ...(last ? [button(message.fault ? "Try again" : "Regenerate", regenerate)] : []),
-    element("span", statsText(message)),
-  );
-  tools.lastChild.className = "fine";
-}
-
-function piecesOf(message) {
-  const pieces = [];
-  let from = 0;
-  for (const event of message.tool_events ?? []) {
-    if (event.type === "python") {
-      if (event.at > from) pieces.push({ text: message.content.slice(from, event.at) });
-      from = Math.max(from, event.at);
-      pieces.push({ card: { code: event.code } });
-    } else {
-      const card = pieces.findLast((piece) => piece.card)?.card;
-      if (card) Object.assign(card, event);
-    }
-  }
-  if (from < message.content.length) pieces.push({ text: message.content.slice(from) });
-  return pieces;
-}
-
-function fillCard(node, card) {
-  const state = card.output === undefined ? "running" : card.ok === false ? "failed" : "ran";
-  node.className = state === "failed" ? "card bad" : "card";
-  const took = card.ms === undefined ? "" : ` in ${card.ms < 10 ? card.ms.toFixed(1) : Math.round(card.ms)} ms`;
-  const title = element("summary", `Python ${state}${took}`);
-  const output = card.output === undefined ? [] : [element("pre", element("code", card.output || "(no output)"))];
-  node.replaceChildren(title, element("pre", element("code", card.code)), ...output);
-}
-
-function statsText(message) {
-  const stats = message.stats;
-  if (!stats) return "";
-  const words = [];
-  if (message.stopped) words.push("stopped");
-  if (message.cut) words.push("cut at its longest");
-  if (stats.tokens) {
-    words.push(`${stats.tokens} tokens`, `${(stats.tokens / stats.seconds).toFixed(0)} tokens/s`);
-  }
-  if (stats.first !== null) words.push(`first after ${stats.first.toFixed(2)} s`);
-  return words.join(", ");
-}
-
-function button(text, work) {
-  const node = element("button", text);
-  node.type = "button";
-  node.className = "quiet";
-  node.addEventListener("click", work);
-  return node;
-}
-
-function copyButton(text) {
-  const node = button("Copy", async () => {
-    try {
-      await navigator.clipboard.writeText(text());
-      node.textContent = "Copied";
-    } catch {
-      node.textContent = "Not allowed here";
-    }
-    setTimeout(() => (node.textContent = "Copy"), 1500);
-  });
-  return node;
-}
-
-// follows the text only where the reader is at its end
-function scroll(always) {
-  const talk = $("talk");
-  if (always || talk.scrollHeight - talk.scrollTop - talk.clientHeight < 120) talk.scrollTop = talk.scrollHeight;
-}
-
-// a screen reader gets whole sentences, not tokens
-let spoken = 0;
-function speak(text, end = false) {
-  if (text.length < spoken) spoken = 0;
-  const stop = end ? text.length : Math.max(...[". ", "! ", "? ", "\n"].map((m) => text.lastIndexOf(m) + 1));
-  if (stop > spoken) {
-    $("spoken").textContent = text.slice(spoken, stop);
-    spoken = end ? 0 : stop;
-  }
-}
-
-async function list() {
-  const chats = await store.all();
-  $("chats").replaceChildren(...chats.map((entry) => {
-    const open = button(entry.title || "Untitled", () => {
-      if (running) running.abort();
-      chat = entry;
-      closeMenu();
-      show();
-      list();
-    });
-    open.className = "open";
-    open.setAttribute("aria-current", String(entry.id === chat.id));
-    const gone = button("\u00d7", async () => {
-      await store.remove(entry.id);
-      if (entry.id === chat.id) begin();
-      list();
-    });
-    gone.setAttribute("aria-label", `Delete ${entry.title}`);
-    return element("li", open, gone);
-  }));
+  side.show();
 }
 
 function begin() {
-  if (running) running.abort();
-  chat = fresh();
+  chat = { ...fresh(defaults()), other: chat.other, model: chat.model };
   closeMenu();
+  tell("");
   show();
-  list();
+  side.show();
   $("box").focus();
 }
 
 function closeMenu() {
   document.body.classList.remove("menu");
-  $("menu").setAttribute("aria-expanded", "false");
+  $("menu").ariaExpanded = "false";
 }
 
 function grow() {
@@ -355,85 +167,151 @@ function paintTheme() {
   $("theme").textContent = `Theme: ${theme}`;
 }
 
-function paintCard() {
-  const card = models.find((m) => m.id === $("model").value);
-  if (!card) return;
-  const facts = [];
-  if (card.fledge?.num_hidden_layers) facts.push(`${card.fledge.num_hidden_layers} layers`);
-  if (card.fledge?.model?.parameters) facts.push(`${(card.fledge.model.parameters / 1e6).toFixed(1)} M parameters`);
-  facts.push(`${card.max_model_len} tokens of context`);
-  $("card").textContent = facts.join(", ");
+// -- the model ------------------------------------------------------------------------------------
+
+const suggestions = () => model()?.fledge?.suggestions ?? [];
+
+function paintModel() {
+  const now = model();
+  if (!now) return;
+  $("honest").textContent = honest(now);
+  $("training").hidden = !now.fledge?.run;
+  const scores = now.fledge?.scores?.[now.fledge.stage] ?? {};
+  const asked = suggestions().length ? suggestions() : TRIES.map((question) => ({ question }));
+  $("tries").replaceChildren(...asked.map(({ question, exam }) => {
+    const node = button(question, () => say(question, null));
+    const score = scoreText(scores[exam]).replace(/ \(.*/, "");
+    if (exam) node.append(element("small", `${ABOUT[exam] ?? exam}${score ? `; it gets ${score} of such questions right` : ""}`));
+    return element("li", node);
+  }));
+  $("trieshead").textContent = suggestions().length ? "Three questions that it answered correctly in its exams:" : "Try:";
+}
+
+// The tour: at the first visit, the suggestions not yet asked wait above the message box.
+function tour(asked) {
+  const seen = read("fledge.tour", []);
+  const questions = suggestions().map((s) => s.question);
+  if (questions.includes(asked) && !seen.includes(asked)) write("fledge.tour", [...seen, asked]);
+  const begun = read("fledge.tour", []);
+  const next = begun.includes("over") || !begun.length ? undefined : questions.find((q) => !begun.includes(q));
+  $("next").hidden = !next;
+  if (!next) return;
+  $("next").replaceChildren(
+    button(`Next: ${next}`, () => say(next, path(chat).at(-1)?.id ?? null)),
+    button("End the tour", () => {
+      write("fledge.tour", ["over"]);
+      $("next").hidden = true;
+      $("box").focus();
+    }));
 }
 
 async function loadModels() {
-  const status = $("status");
+  clearTimeout(loadModels.timer);
   try {
-    const reply = await fetch("/v1/models", { headers: headers() });
-    if (!reply.ok) throw await faultOf(reply);
-    models = (await reply.json()).data;
-    $("model").replaceChildren(...models.map((m) => element("option", m.id)));
-    paintCard();
-    status.hidden = true;
+    const found = (await api.get("/v1/models")).data;
+    const loading = found.filter((m) => m.fledge?.state && m.fledge.state !== "ready");
+    const changed = JSON.stringify(found.map((m) => m.id)) !== JSON.stringify(models.map((m) => m.id));
+    models = found;
+    if (changed) {
+      const options = () => models.map((m) => element("option", m.id));
+      const nothing = element("option", "nothing");
+      nothing.value = "";
+      $("model").replaceChildren(...options());
+      $("other").replaceChildren(nothing, ...options());
+      $("compare").hidden = models.length < 2;
+      open(chat);
+    }
+    paintModel();
+    if ($("status").dataset.kind) tell("");
+    delete $("status").dataset.kind;
+    if (loading.length) trouble(`${loading[0].id} is ${loading[0].fledge.state}.`);
+    loadModels.timer = setTimeout(look, loading.length ? RETRY / 4 : HEARTBEAT);
   } catch (error) {
-    status.textContent = error instanceof Fault ? error.message : "The server cannot be reached.";
-    status.hidden = false;
-    setTimeout(loadModels, 3000);
+    if (error.status === 401) return trouble("This server asks for an API key.", "Enter it", settings);
+    trouble(`${error.message} Trying again.`);
+    loadModels.timer = setTimeout(loadModels, RETRY);
   }
+}
+
+// while the page is not looked at, the server is left in peace
+function look() {
+  if (document.hidden) loadModels.timer = setTimeout(look, HEARTBEAT);
+  else loadModels();
+}
+
+function trouble(...told) {
+  tell(...told);
+  $("status").dataset.kind = "trouble";
+}
+
+function settings() {
+  openSettings(chat.settings, (given) => {
+    chat.settings = given;
+    if (chat.nodes.length) store.save(chat, false);
+    loadModels();
+  });
 }
 
 // -- wiring ---------------------------------------------------------------------------------------
 
+function submit() {
+  const text = $("box").value;
+  if (running.has(chat.id) || !text.trim()) return;
+  if (!models.length) return tell(api.OFFLINE);
+  $("box").value = "";
+  grow();
+  say(text, path(chat).at(-1)?.id ?? null);
+}
+
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  send($("box").value);
+  submit();
 });
 $("box").addEventListener("input", grow);
 $("box").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    send($("box").value);
+    submit();
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running && !$("drawer").open) running.abort();
-  if (event.key === "Escape") closeMenu();
+  if (event.key === "Escape" && !document.querySelector("dialog[open]") && !event.defaultPrevented) {
+    stop();
+    closeMenu();
+    if ($("panel").contains(document.activeElement)) training.close();
+  }
   if (event.key.toLowerCase() === "o" && event.ctrlKey && event.shiftKey) {
     event.preventDefault();
     begin();
   }
 });
-$("stop").addEventListener("click", () => running?.abort());
+$("stop").addEventListener("click", stop);
 $("new").addEventListener("click", begin);
 $("menu").addEventListener("click", () => {
-  const open = document.body.classList.toggle("menu");
-  $("menu").setAttribute("aria-expanded", String(open));
+  const shown = document.body.classList.toggle("menu");
+  $("menu").ariaExpanded = shown;
+  if (shown) $("new").focus();
 });
-$("model").addEventListener("change", paintCard);
+$("model").addEventListener("change", () => {
+  chat.model = $("model").value;
+  paintModel();
+});
+$("other").addEventListener("change", () => (chat.other = $("other").value || null));
+$("about").addEventListener("click", () => model() && showCard(model()));
+$("training").addEventListener("click", () => training.open(model().fledge.run));
 $("theme").addEventListener("click", () => {
   const order = ["auto", "dark", "light"];
   write("fledge.theme", order[(order.indexOf(read("fledge.theme", "auto")) + 1) % 3]);
   paintTheme();
 });
-$("settings").addEventListener("click", () => {
-  for (const name of FIELDS) $(`s-${name}`).value = settings[name] ?? "";
-  $("s-key").value = sessionStorage.getItem("fledge.key") ?? "";
-  $("drawer").showModal();
-});
-$("drawer").addEventListener("close", () => {
-  settings = Object.fromEntries(FIELDS.map((name) => [name, $(`s-${name}`).value]));
-  write("fledge.settings", settings);
-  sessionStorage.setItem("fledge.key", $("s-key").value.trim());
-  loadModels();
-});
-$("tries").replaceChildren(...TRIES.map((text) => element("li", button(text, () => send(text)))));
+$("settings").addEventListener("click", settings);
+addEventListener("online", loadModels);
+addEventListener("offline", () => trouble("You are offline."));
 
 paintTheme();
 show();
 loadModels();
 store.all().then((chats) => {
-  if (chats.length && chat.messages.length === 0) {
-    chat = chats[0];
-    show();
-  }
-  list();
+  if (chats.length && !chat.nodes.length) open(chats[0]);
+  else side.show();
 });

@@ -1,205 +1,271 @@
 // A subset of Markdown, built as nodes, never as HTML: what a model writes cannot become markup.
-//   blocks: # headings, ``` code, lists, > quotes, | tables |, ---, paragraphs
-//   inline: `code`, **bold**, *italic*, [links](http...), bare links
-// Unknown syntax shows as the text that it is. Time is linear: a search for a closing mark that
-// failed is not made again, and nesting ends at DEPTH.
+//   blocks: # headings, ``` or ~~~ code, lists, > quotes, | tables |, ---, $$ math $$, paragraphs
+//   inline (inline.js): `code`, *italic*, **bold**, [links](http...), bare links, $math$
+// On this subset the tree is CommonMark's (tests compare it with markdown-it). Not in it, and shown
+// as the text that it is: HTML, entities, images (a link), indented code, setext headings, reference
+// links, lazy lines of quotes. Time is linear: nesting ends at DEPTH, and a search that failed is
+// not made again.
+
+import { element, classed, copyButton } from "./dom.js";
+import { inline } from "./inline.js";
+import { python } from "./highlight.js";
+import { mathNode } from "./math.js";
 
 const DEPTH = 8;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const MOST_CELLS = 50; // columns up to which short rows of a table are filled up
+const FENCE = /^( {0,3})(`{3,}|~{3,})[ \t]*([^`]*)$/;
+const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
+const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?: +(?=\S)|[ \t]*$)/;
+const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)/;
+const QUOTE = /^ {0,3}> ?/;
 
-// The blocks of a text: {kind, text, ...}. The last one may still grow.
-export function blocksOf(text) {
-  const lines = text.split("\n");
+const blank = (line) => line.trim() === "";
+const indent = (line) => line.length - line.trimStart().length;
+
+function closes(line, marks) {
+  const bare = line.trim();
+  if (bare.length < marks.length || indent(line) > 3) return false;
+  for (const c of bare) if (c !== marks[0]) return false;
+  return true;
+}
+
+// what may end a paragraph without a blank line
+function interrupts(line) {
+  if (FENCE.test(line) || HEADING.test(line) || QUOTE.test(line) || RULE.test(line)) return true;
+  const item = ITEM.exec(line);
+  return item !== null && item[0].length < line.length && (!/\d/.test(item[2]) || parseInt(item[2], 10) === 1);
+}
+
+// The blocks of some lines: {kind, line, gap, ...}; `gap` is a blank line before it.
+export function parse(lines, depth = 0) {
   const blocks = [];
+  const missing = new Set(); // ends of math that do not come any more
   let i = 0;
-  const take = (test) => {
-    const from = i;
-    while (i < lines.length && test(lines[i])) i++;
-    return lines.slice(from, i);
-  };
+  const add = (kind, line, more) => blocks.push({ kind, line, gap: line > 0 && blank(lines[line - 1]), ...more });
   while (i < lines.length) {
     const line = lines[i];
-    const fence = /^\s*(`{3,})\s*([\w+-]*)\s*$/.exec(line);
-    if (fence) {
+    const from = i;
+    let found;
+    if (blank(line)) {
       i++;
-      const body = take((l) => !l.trim().startsWith(fence[1]));
+    } else if ((found = FENCE.exec(line))) {
+      const [, pad, marks, info] = found;
+      const body = [];
+      for (i++; i < lines.length && !closes(lines[i], marks); i++) {
+        body.push(lines[i].slice(Math.min(pad.length, indent(lines[i]))));
+      }
+      add("code", from, { language: info.trim().split(/\s/)[0], text: body.join("\n"), closed: i < lines.length });
       i++;
-      blocks.push({ kind: "code", language: fence[2], text: body.join("\n") });
-    } else if (/^\s*$/.test(line)) {
+    } else if ((found = HEADING.exec(line))) {
+      add("heading", from, { level: found[1].length, text: headingText(line.slice(found[0].length)) });
       i++;
-    } else if (/^#{1,6}\s/.test(line)) {
-      const marks = line.indexOf(" ");
-      blocks.push({ kind: "heading", level: Math.min(marks, 6), text: line.slice(marks + 1) });
+    } else if (RULE.test(line)) {
+      add("rule", from);
       i++;
-    } else if (/^\s*([-*_])(\s*\1){2,}\s*$/.test(line)) {
-      blocks.push({ kind: "rule", text: line });
-      i++;
-    } else if (line.startsWith(">")) {
-      const body = take((l) => l.startsWith(">")).map((l) => l.replace(/^>\s?/, ""));
-      blocks.push({ kind: "quote", text: body.join("\n") });
+    } else if (QUOTE.test(line)) {
+      const body = [];
+      while (i < lines.length && QUOTE.test(lines[i])) body.push(lines[i++].replace(QUOTE, ""));
+      add("quote", from, inner(body, depth));
     } else if (ITEM.test(line)) {
-      const body = take((l) => ITEM.test(l) || /^\s{2,}\S/.test(l));
-      blocks.push({ kind: "list", text: body.join("\n") });
-    } else if (line.includes("|") && /^\s*\|?[\s:|-]*-[\s:|-]*$/.test(lines[i + 1] ?? "")) {
-      blocks.push({ kind: "table", text: take((l) => l.includes("|")).join("\n") });
+      const list = takeList(lines, i, depth);
+      i = list.end;
+      add("list", from, list);
+    } else if ((found = takeMath(lines, i, missing))) {
+      i = found.end;
+      add("math", from, found);
+    } else if (tableAt(lines, i)) {
+      for (i += 2; i < lines.length && !blank(lines[i]) && !interrupts(lines[i]); i++);
+      add("table", from, { rows: lines.slice(from, i) });
     } else {
-      const body = take((l, n) => !/^\s*$/.test(l) && !/^\s*`{3}|^#{1,6}\s|^>/.test(l) && !ITEM.test(l));
-      blocks.push({ kind: "text", text: body.join("\n") || lines[i++] });
+      for (i++; i < lines.length && !blank(lines[i]); i++) {
+        if (interrupts(lines[i]) || tableAt(lines, i)) break;
+      }
+      add("text", from, { text: lines.slice(from, i).map((l) => l.trimStart()).join("\n").trimEnd() });
     }
   }
   return blocks;
 }
 
-export function blockNode(block, depth = 0) {
-  switch (block.kind) {
-    case "code": {
-      const code = element("code", block.text);
-      if (block.language) code.dataset.language = block.language;
-      return element("pre", code);
+function inner(lines, depth) {
+  if (depth < DEPTH) return { blocks: parse(lines, depth + 1) };
+  return { blocks: [{ kind: "text", line: 0, gap: false, text: lines.join("\n") }] };
+}
+
+function headingText(rest) {
+  const text = rest.trim();
+  let end = text.length;
+  while (text[end - 1] === "#") end--;
+  return end === 0 || /[ \t]/.test(text[end - 1]) ? text.slice(0, end).trimEnd() : text;
+}
+
+function takeList(lines, start, depth) {
+  const first = ITEM.exec(lines[start]);
+  const kind = first[2].at(-1); // a bullet, or the mark behind a number
+  const items = [];
+  let loose = false;
+  let i = start;
+  while (i < lines.length) {
+    const head = ITEM.exec(lines[i]);
+    if (!head || head[2].at(-1) !== kind || RULE.test(lines[i])) break;
+    const empty = head[0].length === lines[i].length;
+    const marker = head[1].length + head[2].length;
+    const width = empty || head[0].length - marker > 4 ? marker + 1 : head[0].length;
+    const body = [lines[i].slice(width)];
+    let fence = FENCE.exec(body[0])?.[2] ?? null;
+    let blanks = 0;
+    for (i++; i < lines.length; i++) {
+      const line = lines[i];
+      if (blank(line)) {
+        blanks++;
+        continue;
+      }
+      const inside = indent(line) >= width;
+      const lazy = !inside && !blanks && !fence && body.at(-1) !== "" && !interrupts(line) && !ITEM.test(line);
+      if (!(inside || lazy) || (blanks && empty && body.length === 1)) break;
+      for (; blanks; blanks--) body.push("");
+      const own = inside ? line.slice(width) : line.trimStart();
+      if (fence) fence = closes(own, fence) ? null : fence;
+      else fence = FENCE.exec(own)?.[2] ?? null;
+      body.push(own);
     }
+    const item = inner(body, depth);
+    items.push(item);
+    loose ||= item.blocks.some((block, at) => at > 0 && block.gap);
+    const more = i < lines.length && ITEM.exec(lines[i]);
+    if (blanks && more && more[2].at(-1) === kind && !RULE.test(lines[i])) loose = true;
+    else if (blanks) {
+      i -= blanks;
+      break;
+    }
+  }
+  return { items, loose, end: i, start: /\d/.test(first[2]) ? parseInt(first[2], 10) : null };
+}
+
+function takeMath(lines, start, missing) {
+  const bare = lines[start].trim();
+  const close = bare.startsWith("$$") ? "$$" : bare.startsWith("\\[") ? "\\]" : null;
+  if (!close || missing.has(close)) return null;
+  for (let i = start; i < lines.length; i++) {
+    const line = i === start ? bare.slice(2) : lines[i].trim();
+    if (!line.endsWith(close)) continue;
+    const text = [bare.slice(2), ...lines.slice(start + 1, i + 1)].join("\n").trim();
+    return { text: text.slice(0, -2), source: lines.slice(start, i + 1).join("\n"), end: i + 1 };
+  }
+  missing.add(close);
+  return null;
+}
+
+function cells(line) {
+  const found = [];
+  let cell = "";
+  const text = line.trim();
+  for (let i = text[0] === "|" ? 1 : 0; i < text.length; i++) {
+    if (text[i] === "\\" && text[i + 1] === "|") cell += text[++i];
+    else if (text[i] === "|") {
+      found.push(cell.trim());
+      cell = "";
+    } else cell += text[i];
+  }
+  if (cell.trim() !== "" || !text.endsWith("|")) found.push(cell.trim());
+  return found;
+}
+
+function tableAt(lines, i) {
+  if (!lines[i].includes("|") || !/^ {0,3}[|:-][-:| \t]*$/.test(lines[i + 1] ?? "")) return false;
+  const marks = cells(lines[i + 1]);
+  return marks.every((mark) => /^:?-+:?$/.test(mark)) && marks.length === cells(lines[i]).length;
+}
+
+// -- nodes ----------------------------------------------------------------------------------------
+
+export function blockNode(block, live = false) {
+  switch (block.kind) {
+    case "code":
+      return codeNode(block, live);
     case "heading":
-      return element(`h${Math.min(block.level + 2, 6)}`, ...inline(block.text));
+      return element(`h${Math.min(block.level + 2, 6)}`, inline(block.text));
     case "rule":
       return element("hr");
     case "quote":
-      return depth < DEPTH
-        ? element("blockquote", ...blocksOf(block.text).map((b) => blockNode(b, depth + 1)))
-        : element("blockquote", block.text);
+      return element("blockquote", block.blocks.map((b) => blockNode(b, live)));
     case "list":
-      return listNode(block.text.split("\n"));
+      return listNode(block, live);
     case "table":
-      return tableNode(block.text.split("\n"));
+      return tableNode(block.rows);
+    case "math":
+      return mathNode(block.text, true) ?? element("p", block.source);
     default:
-      return element("p", ...inline(block.text));
+      return element("p", inline(block.text));
   }
 }
 
-function listNode(lines) {
-  const ordered = /^\s*\d/.test(lines[0]);
-  const list = element(ordered ? "ol" : "ul");
-  if (ordered) list.start = parseInt(lines[0], 10);
-  const base = ITEM.exec(lines[0])[1].length;
-  for (let i = 0; i < lines.length; ) {
-    const item = ITEM.exec(lines[i]);
-    const rest = [];
-    let j = i + 1;
-    while (j < lines.length && (lines[j].match(/^\s*/)[0].length > base)) rest.push(lines[j++]);
-    const node = element("li", ...inline(item ? item[3] : lines[i]));
-    if (rest.length && base < 4 * DEPTH) {
-      if (ITEM.test(rest[0])) node.append(listNode(rest));
-      else node.append(element("br"), ...inline(rest.join("\n")));
-    }
+function codeNode(block, live) {
+  const colour = /^(python|py|python3)$/i.test(block.language) && (block.closed || !live);
+  const code = element("code", colour ? python(block.text) : [block.text]);
+  if (block.language) code.dataset.language = block.language;
+  const pre = element("pre", code);
+  pre.tabIndex = 0; // it scrolls: the keyboard must reach it
+  if (live && !block.closed) return pre;
+  return classed("div", "code", pre, copyButton(() => block.text, "Copy code"));
+}
+
+function listNode(block, live) {
+  const list = element(block.start === null ? "ul" : "ol");
+  if (block.start !== null && block.start !== 1) list.start = block.start;
+  for (const item of block.items) {
+    const node = element("li");
+    item.blocks.forEach((b) => {
+      if (b.kind === "text" && !block.loose) node.append(inline(b.text));
+      else node.append(blockNode(b, live));
+    });
     list.append(node);
-    i = j;
   }
   return list;
 }
 
 function tableNode(lines) {
-  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((c) => c.trim());
-  const head = element("tr", ...cells(lines[0]).map((c) => element("th", ...inline(c))));
-  const rows = lines.slice(2).map((l) => element("tr", ...cells(l).map((c) => element("td", ...inline(c)))));
-  const wrap = element("div", element("table", element("thead", head), element("tbody", ...rows)));
-  wrap.className = "scroll";
+  const sides = cells(lines[1]).map((mark) => (mark.endsWith(":") ? (mark[0] === ":" ? "mid" : "end") : ""));
+  const row = (line, name) => {
+    const texts = cells(line);
+    const most = sides.length > MOST_CELLS ? Math.min(texts.length, sides.length) : sides.length;
+    return element("tr", Array.from({ length: most }, (_, i) => {
+      const cell = element(name, inline(texts[i] ?? ""));
+      if (sides[i]) cell.className = sides[i];
+      return cell;
+    }));
+  };
+  const table = element("table", element("thead", row(lines[0], "th")));
+  if (lines.length > 2) table.append(element("tbody", lines.slice(2).map((line) => row(line, "td"))));
+  const wrap = classed("div", "scroll", table);
+  wrap.tabIndex = 0;
   return wrap;
 }
 
-export function inline(text, depth = 0) {
-  const nodes = [];
-  const missing = new Set(); // closing marks that do not come any more
-  let plain = "";
-  const flush = () => { if (plain) nodes.push(document.createTextNode(plain)); plain = ""; };
-  const close = (mark, from) => {
-    if (missing.has(mark)) return -1;
-    const at = text.indexOf(mark, from);
-    if (at < 0) missing.add(mark);
-    return at;
-  };
-  for (let i = 0; i < text.length; ) {
-    const c = text[i];
-    let end = -1;
-    if (c === "\\" && /[\\`*_[\]#|>-]/.test(text[i + 1] ?? "")) {
-      plain += text[i + 1];
-      i += 2;
-      continue;
-    }
-    if (c === "`" && (end = close("`", i + 1)) > i + 1) {
-      flush();
-      nodes.push(element("code", text.slice(i + 1, end)));
-      i = end + 1;
-      continue;
-    }
-    const mark = text.startsWith("**", i) ? "**" : c === "*" ? "*" : null;
-    if (mark && depth < DEPTH && /\S/.test(text[i + mark.length] ?? " ")) {
-      end = close(mark, i + mark.length + 1);
-      if (end > 0 && text[end - 1] !== " ") {
-        flush();
-        const inner = inline(text.slice(i + mark.length, end), depth + 1);
-        nodes.push(element(mark === "**" ? "strong" : "em", ...inner));
-        i = end + mark.length;
-        continue;
-      }
-    }
-    if (c === "[" && (end = close("](", i + 1)) > 0 && end - i < 500) {
-      const stop = text.indexOf(")", end);
-      const url = stop > 0 && stop - end < 2000 ? safeUrl(text.slice(end + 2, stop)) : null;
-      if (url) {
-        flush();
-        nodes.push(link(url, text.slice(i + 1, end)));
-        i = stop + 1;
-        continue;
-      }
-    }
-    if (c === "h" && /^https?:\/\//.test(text.slice(i, i + 8))) {
-      const raw = /^[^\s<>"`*)\]]{1,2000}/.exec(text.slice(i, i + 2000))[0].replace(/[.,;:!?]+$/, "");
-      const url = safeUrl(raw);
-      if (url) {
-        flush();
-        nodes.push(link(url, raw));
-        i += raw.length;
-        continue;
-      }
-    }
-    plain += c;
-    i++;
-  }
-  flush();
-  return nodes;
+// Shows `text` in `root`. While text streams in, only its last two blocks can change: where a block
+// begins depends on nothing behind it, and a line that is still growing may yet join the list before
+// it. So the text is read again from there, and a long answer costs no more per token than a short one.
+export function update(root, text, live = false) {
+  const before = root.shown ?? { text: "", blocks: [], live };
+  if (text === before.text && live === before.live) return;
+  const grown = text.startsWith(before.text);
+  const blocks = grown ? before.blocks.slice(0, -2) : [];
+  const from = grown ? (before.blocks.at(-2) ?? before.blocks[0])?.at ?? 0 : 0;
+  const raw = text.slice(from).match(/[^\r\n]*(?:\r\n?|\n|$)/g);
+  const offsets = [from];
+  for (const line of raw) offsets.push(offsets.at(-1) + line.length);
+  const parsed = parse(raw.map((line) => untab(line.replace(/[\r\n]+$/, ""))));
+  parsed.forEach((block, i) => {
+    const at = offsets[block.line];
+    const source = text.slice(at, i + 1 < parsed.length ? offsets[parsed[i + 1].line] : undefined);
+    const old = before.blocks[blocks.length];
+    const same = old?.source === source && old.at === at && (live === before.live || i + 1 < parsed.length);
+    const node = same ? old.node : blockNode(block, live);
+    if (!same && old) old.node.replaceWith(node);
+    else if (!same) root.append(node);
+    blocks.push({ at, source, node });
+  });
+  for (const gone of before.blocks.slice(blocks.length)) gone.node.remove();
+  root.shown = { text, blocks, live };
 }
 
-// http and https only: no javascript:, no data:
-function safeUrl(text) {
-  try {
-    const url = new URL(text.trim());
-    return url.protocol === "http:" || url.protocol === "https:" ? url.href : null;
-  } catch {
-    return null;
-  }
-}
-
-function link(url, text) {
-  const node = element("a", text);
-  node.href = url;
-  node.rel = "noopener noreferrer nofollow";
-  node.target = "_blank";
-  return node;
-}
-
-export function element(name, ...children) {
-  const node = document.createElement(name);
-  node.append(...children);
-  return node;
-}
-
-// Shows `text` in `root`, making anew only the blocks that changed: while text streams in, that is
-// the last one.
-export function update(root, text) {
-  const old = root.blocks ?? [];
-  const blocks = blocksOf(text);
-  let same = 0;
-  while (same < old.length && same < blocks.length && old[same].kind === blocks[same].kind
-         && old[same].text === blocks[same].text) same++;
-  while (root.childNodes.length > same) root.lastChild.remove();
-  root.append(...blocks.slice(same).map((block) => blockNode(block)));
-  root.blocks = blocks;
-}
+const untab = (line) => (line.includes("\t") ? line.replace(/^[ \t]+/, (w) => w.replaceAll("\t", "    ")) : line);

@@ -1,5 +1,7 @@
-// Conversations in IndexedDB: {id, title, changed, model, messages}. Where the browser refuses
-// storage (private windows), they live as long as the page.
+// Conversations in IndexedDB, as tree.js has them. Where the browser refuses storage (private
+// windows), they live as long as the page.
+
+import { upgrade } from "./tree.js";
 
 const memory = new Map();
 let opened = null;
@@ -30,11 +32,12 @@ async function run(mode, work) {
 
 export async function all() {
   const found = (await run("readonly", (s) => s.getAll())) ?? [...memory.values()];
-  return found.sort((a, b) => b.changed - a.changed);
+  return found.map(upgrade).filter(Boolean).sort((a, b) => b.changed - a.changed);
 }
 
-export async function save(chat) {
-  chat.changed = Date.now();
+// `touch` puts it on top of the list; a new name does not
+export async function save(chat, touch = true) {
+  if (touch) chat.changed = Date.now();
   memory.set(chat.id, chat);
   await run("readwrite", (s) => s.put(structuredClone(chat)));
 }
