@@ -210,9 +210,13 @@ class App:
         runs: dict[str, Run] = {m.run.name: m.run for m in self.context.models if m.run is not None}
         if name not in runs or (stage and stage not in TRAINED_STAGES):
             raise ApiError(404, "No served model has such a run or stage.", code="unknown_run")
-        work = (training.detail, runs[name], stage) if stage else (training.overview, runs[name])
+        run = runs[name]
         try:
-            await send_json(send, await asyncio.to_thread(*work))
+            if stage:
+                found = await asyncio.to_thread(training.detail, run, stage)
+            else:
+                found = await asyncio.to_thread(training.overview, run)
+            await send_json(send, found)
         except UserError as error:  # a record that is broken, or of another version
             raise ApiError(
                 500, f"{error.what}: {error.why}.", type="server_error", code="run_unreadable"
