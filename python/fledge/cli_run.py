@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.cli import Parser, positive
-from fledge.errors import EXIT_DONE
+from fledge.errors import EXIT_DONE, UserError
 
 REHEARSAL = "rehearsal"
 QUESTION = "Why is the sky blue?"
@@ -54,6 +54,12 @@ def launch(size: int, words: list[str]) -> int:
     """The same command in `size` processes that meet on this machine; returns their code."""
     from fledge import launch
 
+    if size > launch.MOST_PROCESSES:
+        raise UserError(
+            f"--nproc {size:,}",
+            f"one machine carries at most {launch.MOST_PROCESSES} of them: each holds the model",
+            "give the number of its GPUs, or of groups of its cores",
+        )
     kept: list[str] = []
     for word in words:
         if kept and kept[-1] == "--nproc":

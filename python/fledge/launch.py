@@ -25,6 +25,8 @@ GRACE_SECONDS = 10.0
 """What the other ranks get to end by themselves after one has ended badly."""
 POLL_SECONDS = 0.05
 TOLD_BYTES = 4000  # of the last words of a rank that nobody listens to
+MOST_PROCESSES = 256
+"""More than any one machine has GPUs or groups of cores for."""
 
 
 def ranks(command: list[str], size: int, *, grace_seconds: float = GRACE_SECONDS) -> int:

@@ -113,6 +113,12 @@ def test_the_error_of_the_leader_is_the_error_of_the_run(tmp_path: Path) -> None
     assert done.stderr.count("error: ") == 1 and "no.csv" in done.stderr
 
 
+def test_too_many_processes_are_refused(tmp_path: Path) -> None:
+    done = fledge("run", write_recipe(tmp_path), "--nproc", "100000", "--out", tmp_path / "run")
+    assert done.returncode == 1 and "error: --nproc 100,000" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rank_that_fails_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         "import os, sys, time\n"
