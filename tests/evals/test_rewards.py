@@ -101,3 +101,14 @@ def test_rewards_that_cannot_be(name, text, said, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         Rewards({name: 1.0})
     assert said in f"{caught.value.what} {caught.value.why}"
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path: Path):
+    code = "def answer(item, reply):\n    return 1.0\n"
+    paths = [tmp_path / name for name in ("a.py", "b.py")]
+    for path in paths:
+        path.write_text(code, encoding="utf-8")
+    twice = {f"{path}:answer": 1.0 for path in paths}
+    for weights in (twice, {"answer": 1.0, f"{paths[0]}:answer": 0.5}):
+        with pytest.raises(UserError, match="the same name"):
+            Rewards(weights)

@@ -276,6 +276,28 @@ def test_settings_are_of_the_conversation_and_reach_the_server(page, served):
     assert page.input_value("#s-persona") == "You are Ada."
 
 
+def test_settings_count_from_the_click_on(page, served):
+    """A dialog's close event comes a task later; what is sent before it has the new settings."""
+    press(page, "Settings")
+    page.fill("#s-seed", "7")
+    page.evaluate(
+        """() => {
+          document.querySelector("#drawer .main").click();
+          document.getElementById("box").value = "say at once";
+          document.getElementById("composer").requestSubmit();
+        }"""
+    )
+    answered(page)
+    assert request_of(served).params.seed == 7
+    press(page, "Settings")
+    page.fill("#s-seed", "8")
+    page.keyboard.press("Escape")  # closes without a click, and keeps what was written
+    until(page, "!document.querySelector('#drawer').open")
+    press(page, "Settings")
+    assert page.input_value("#s-seed") == "8"
+    press(page, "Done")
+
+
 def test_the_probabilities_of_tokens(page, served):
     say(page, "say abc")
     assert request_of(served).params.top_logprobs == 4

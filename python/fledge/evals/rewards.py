@@ -119,6 +119,12 @@ class Rewards:
         self.functions = {
             name: table[name] if name in table else load(name, known=table) for name in self.weights
         }
+        if len(set(self.names)) < len(self.names):  # one would take the other's place
+            raise UserError(
+                f"two rewards have the same name: {', '.join(self.weights)}",
+                "a function counts by its own name, which the others must not have",
+                "rename one of the functions",
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
