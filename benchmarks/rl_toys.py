@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "python")]
 
 import torch  # noqa: E402
+from bare_hooks import BareHooks  # noqa: E402
 
 from fledge.engine import Completion, Engine, SamplingParams  # noqa: E402
 from fledge.engine.tools import Tools  # noqa: E402
-from fledge.errors import UserError  # noqa: E402
 from fledge.model import ModelConfig, Transformer  # noqa: E402
 from fledge.optim.groups import LearningRates, Optimizers  # noqa: E402
 from fledge.optim.schedule import Schedule  # noqa: E402
@@ -109,7 +109,7 @@ def exact(engine: Engine, toy: Toy, count: int = 500) -> float:
     return sum(c.ids == [*a, END] for (_, a), (c,) in zip(asked, done, strict=True)) / count
 
 
-class Hooks:
+class Hooks(BareHooks):
     """Keeps the rows; there is nothing to save."""
 
     def __init__(self) -> None:
@@ -123,20 +123,6 @@ class Hooks:
 
     def evaluate(self, step: int) -> dict[str, float]:
         return {}
-
-    def save(self, step: int) -> None: ...
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def restore(self) -> int | None:
-        return None
-
-    def note(self, text: str) -> None:
-        print(text)
-
-    def diverged(self, step: int) -> UserError:
-        return UserError("the toy diverged", "the rates are too high", "lower them")
 
 
 def graded(item: dict[str, Any], completion: Completion) -> rl.Graded:

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bare_hooks import BareHooks
 
 from fledge.data.loader import Loader
-from fledge.errors import UserError
 from fledge.model import ModelConfig, Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
@@ -57,7 +57,7 @@ class Zipf:
         return ids.astype(np.int32), np.ones(len(ids), dtype=np.uint8)
 
 
-class Timing:
+class Timing(BareHooks):
     """Hooks: after each step, the speed of a matrix product in the same minute."""
 
     def __init__(self, flops: float, clock: Callable[[], float]) -> None:
@@ -101,21 +101,6 @@ class Timing:
             seconds.append(self.clock() - began)
         self.peaks[name].append(2 * GEMM**3 / min(seconds))
         return self.peaks[name][-1]
-
-    def save(self, step: int) -> None:
-        pass
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def restore(self) -> int | None:
-        return None
-
-    def note(self, text: str) -> None:
-        print(text)
-
-    def diverged(self, step: int) -> UserError:
-        return UserError(f"diverged at {step}", "the rates do not fit", "lower them")
 
 
 def shape(depth: int) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -44,6 +45,28 @@ def modules_after(statement: str) -> set[str]:
     )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def test_only_the_hub_opens_addresses():
+    """What import-linter cannot say of a part of the standard library (DESIGN section 3)."""
+    package = ROOT / "python" / "fledge"
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if imports_of(path) & {"urllib.request", "http.client", "ftplib"}
+    }
+    assert found <= {"data/hub.py", "export/hub.py"}, found
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

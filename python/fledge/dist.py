@@ -101,11 +101,15 @@ class World:
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether an error only says that another rank ended; whoever started it will tell."""
-    if not isinstance(error, RuntimeError):
-        return False
-    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
-    return isinstance(error, process_group.DistError) or any(w in str(error) for w in words)
+    """Whether an error only says that another rank ended; whoever started it will tell.
+
+    By the words of gloo and of NCCL for a connection that the other side closed; any other error of
+    theirs is one.
+    """
+    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return isinstance(error, process_group.DistNetworkError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 @contextmanager

@@ -97,8 +97,8 @@ def _verdict(codes: list[int | None], errors: list[IO[bytes]]) -> int:
 
     The cause is sought: a killed rank, then one with an error; those that only noticed say 75.
     """
-    found = [(code, rank) for rank, code in enumerate(codes) if code not in (None, EXIT_DONE)]
-    code, first = min((EXIT_INTERRUPTED if c is None else c, r) for c, r in found)
+    found = [(code, rank) for rank, code in enumerate(codes) if code]  # None: ended by us
+    code, first = min(found)
     if code < 0:
         print(
             f"rank {first} was killed (signal {-code}), and the others with it; run the same "
@@ -115,7 +115,11 @@ def _verdict(codes: list[int | None], errors: list[IO[bytes]]) -> int:
 
 @contextlib.contextmanager
 def _signals_to(processes: list[subprocess.Popen[Any]]) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 go on to the ranks; Ctrl-C reaches them from the terminal by itself."""
+    """SIGTERM and SIGUSR1 go on to the ranks.
+
+    Ctrl-C reaches them from the terminal by itself: handed on it would come twice, which ends a run
+    without saving.
+    """
 
     def hand_on(number: int, frame: object) -> None:
         for process in processes:

@@ -112,3 +112,28 @@ def test_two_rewards_of_one_name_are_refused(tmp_path: Path):
     for weights in (twice, {"answer": 1.0, f"{paths[0]}:answer": 0.5}):
         with pytest.raises(UserError, match="the same name"):
             Rewards(weights)
+
+
+def test_problems_that_a_reward_cannot_judge_are_refused_before_training():
+    maths = {"messages": [], "answer": "4"}
+    code = {"messages": [], "tests": "assert True"}
+    with Rewards({"answer": 1.0}) as found:
+        found.require(maths)
+        found.require({"kind": next(iter(worlds.KINDS))})  # graded by its world
+        with pytest.raises(UserError, match="the reward answer needs"):
+            found.require(code)
+    with Rewards({"tests": 1.0}) as found:
+        found.require(code)
+        with pytest.raises(UserError, match="the reward tests needs"):
+            found.require(maths)
+
+
+def test_a_reward_that_fails_is_the_users_error(tmp_path: Path):
+    file = tmp_path / "broken.py"
+    file.write_text("def broken(item, reply):\n    return item['no such key']\n", encoding="utf-8")
+    with (
+        Rewards({f"{file}:broken": 1.0}) as found,
+        pytest.raises(UserError, match="broken failed") as caught,
+    ):
+        found.parts({}, reply("x"))
+    assert "KeyError" in caught.value.why

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fledge.dist import World, joined
+from fledge.dist import World, joined, lost_a_peer
 from fledge.errors import UserError
 from tests.helpers_mini import ROOT, environment
 from tests.optim.ranks import go
@@ -97,3 +97,11 @@ def test_a_world_without_a_place_to_meet_is_refused(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="MASTER_ADDR"), joined():
         pass
+
+
+def test_only_a_closed_connection_is_a_lost_peer() -> None:
+    gloo = "[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:3"
+    assert lost_a_peer(RuntimeError(gloo))
+    for other in ("NCCL error: unhandled cuda error, out of memory", "gloo: not implemented", "x"):
+        assert not lost_a_peer(RuntimeError(other))
+    assert not lost_a_peer(ValueError(gloo))

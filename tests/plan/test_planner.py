@@ -112,6 +112,16 @@ def test_parameters_are_counted_exactly(depth: int, tie: bool, kv: int | None) -
     assert scaling.count(config).parameters == found
 
 
+def test_what_one_gpu_does_alone_takes_as_long_on_eight() -> None:
+    _, recipe = load_recipe("speedrun")
+    one, eight = (resolve(recipe, hardware.parse(f"{n}xh100")).estimates["stages"] for n in (1, 8))
+    for stage in ("rl", "evaluate"):
+        assert eight[stage]["seconds"] == pytest.approx(one[stage]["seconds"], rel=0.01)
+    assert eight["base"]["seconds"] < one["base"]["seconds"] / 7
+    # every token of the longest reply reads the weights once: 467 steps of 256 tokens
+    assert eight["rl"]["seconds"] > 467 * 256 * 4 * 561e6 / 3.35e12
+
+
 def test_nanochats_d24_pretraining_time_is_met() -> None:
     """P1 of reference/planner.md: 8.76B tokens on 8xH100 in 10,949 s; its network is not ours,
     its size and its MFU are, so 10 % is what to expect."""

@@ -55,6 +55,8 @@ def test_only_right_answers_become_suggestions(run):
         {"question": "long" * 99, "correct": True, "logprobs": [-0.01]},
         {"question": "two\nlines?", "correct": True, "logprobs": [-0.01]},
         {"question": 7, "correct": True, "logprobs": [-0.01]},
+        {"question": "odd?", "correct": True, "logprobs": ["-0.01"]},
+        {"question": "odder?", "correct": True, "logprobs": -0.01},
         ["no object"],
     ]
     path.write_text("not json\n" + "".join(json.dumps(row) + "\n" for row in rows))
@@ -141,21 +143,22 @@ def served_run(toy, run):
         yield made
 
 
-def test_only_names_of_served_runs_are_known(served_run):
-    assert ask(served_run.url, "GET", "/runs/tiny")[0] == 200
-    assert ask(served_run.url, "GET", "/runs/tiny/sft")[0] == 200
-    for path in ("/runs/", "/runs/small", "/runs/..", "/runs/tiny/..", "/runs/tiny/../../secret",
-                 "/runs/tiny/sft/", "/runs/tiny/evaluate", "/runs/tiny/%2e%2e",
-                 "/runs/tiny/sft/log.txt",
-                 "/runs//tiny", "/runs/tiny/stage.json", "/runs/%2Fetc%2Fpasswd"):  # fmt: skip
+def test_only_names_of_served_models_are_known(served_run):
+    assert ask(served_run.url, "GET", "/runs/fake")[0] == 200
+    assert ask(served_run.url, "GET", "/runs/fake/sft")[0] == 200
+    for path in ("/runs/", "/runs/other", "/runs/tiny",
+                 "/runs/..", "/runs/fake/..", "/runs/fake/../../secret",
+                 "/runs/fake/sft/", "/runs/fake/evaluate", "/runs/fake/%2e%2e",
+                 "/runs/fake/sft/log.txt",
+                 "/runs//tiny", "/runs/fake/stage.json", "/runs/%2Fetc%2Fpasswd"):  # fmt: skip
         status, _, body = ask(served_run.url, "GET", path)
         assert (status, json.loads(body)["error"]["code"]) == (404, "unknown_run"), path
-    assert ask(served_run.url, "POST", "/runs/tiny", {})[0] == 405
+    assert ask(served_run.url, "POST", "/runs/fake", {})[0] == 405
 
 
 def test_a_broken_record_is_an_error_of_the_server(served_run, run):
     run.stage_file("sft").write_text("{")
-    status, _, body = ask(served_run.url, "GET", "/runs/tiny")
+    status, _, body = ask(served_run.url, "GET", "/runs/fake")
     assert (status, json.loads(body)["error"]["code"]) == (500, "run_unreadable")
 
 

@@ -86,7 +86,7 @@ def test_rows_are_shown_with_what_is_learnt(tmp_path, capsys):
     assert "not a run directory" in capsys.readouterr().err
 
 
-def test_a_persona_takes_the_place_of_identity():
+def test_a_persona_takes_the_place_of_identity(tmp_path):
     recipe = parse_recipe('[sft]\npersona = "terse"', where="test")
     material = open_material(recipe)
     documents, shares = material.chats("sft", "train", TOKENIZER, max_tokens=256)
@@ -102,5 +102,11 @@ def test_a_persona_takes_the_place_of_identity():
     at = list(shares).index("persona")
     pieces = [d.sources[at].piece(0)[0].tolist() for d in (documents, held)]  # type: ignore[attr-defined]
     assert pieces[0] != pieces[1]
+    # beside passes over kinds, and where identity was all there was
+    more = 'persona = "terse"\n'
+    for text in ('epochs = {{ "{path}" = 2 }}', "mixture = {{ identity = 1 }}"):
+        recipe, _ = recipe_with(tmp_path, more + text)
+        _, shares = open_material(recipe).chats("sft", "train", TOKENIZER, max_tokens=256)
+        assert shares["persona"] > 0 and "identity" not in shares
     with pytest.raises(UserError, match="there is no persona"):
         open_material(parse_recipe('[mid]\npersona = "nobody"', where="test"))

@@ -62,7 +62,8 @@ def test_two_ranks_are_killed_go_on_and_equal_one_process(tmp_path: Path) -> Non
         assert b"rank 1 was killed (signal 9)" in told and b"bug" not in told
         assert [pid for pid in ranks if Path(f"/proc/{pid}").exists()] == []
     else:
-        process.communicate(timeout=300)  # a busy machine: it was over before
+        process.communicate(timeout=300)
+        pytest.skip("the run was over before a rank could be killed")
     again = fledge(*words)
     assert again.returncode == 0, again.stderr
     for stage in ("base", "mid", "sft"):
@@ -88,9 +89,11 @@ def test_sigterm_is_agreed_on_by_all_ranks(tmp_path: Path) -> None:
         pytest.skip("the run was over before it could be asked to stop")
     assert code == 75
     record = json.loads((out / "base" / "stage.json").read_text())
-    if record["status"] == "interrupted":
-        saved = int((out / "base" / "LATEST").read_text().strip().removeprefix("step_"))
-        assert saved == rows(out / "base" / "metrics.jsonl")
+    if record["status"] == "done":
+        pytest.skip("base was over before it could be asked to stop")
+    assert record["status"] == "interrupted"
+    saved = int((out / "base" / "LATEST").read_text().strip().removeprefix("step_"))
+    assert saved == rows(out / "base" / "metrics.jsonl")
 
 
 def test_a_rehearsal_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

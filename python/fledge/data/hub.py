@@ -12,13 +12,14 @@ guesses a file name, and never hands out a file that it has not seen whole.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from fledge import files as disk
@@ -217,8 +218,19 @@ def _again(*, busy: bool) -> str:
     return f" (asked {len(patience.WAITS) + 1} times)" if busy else ""
 
 
+ARCHIVE_TIMEOUT = 30.0  # seconds of silence
 CORE_ADDRESS = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 """Where nanochat's base_eval.py (92d63d4) gets CORE's 22 files from: 162 MB."""
+
+
+def _open_from(address: str, first: int) -> Any:
+    """The reply of a server to a request for a file from its byte `first` on."""
+    from urllib.request import Request, urlopen
+
+    return urlopen(
+        Request(address, headers={"Range": f"bytes={first}-"} if first else {}),
+        timeout=ARCHIVE_TIMEOUT,
+    )
 
 
 def core_bundle() -> Path:
@@ -241,7 +253,8 @@ def core_bundle() -> Path:
     with disk.refusals(archive):
         archive.parent.mkdir(parents=True, exist_ok=True)
     try:
-        patience.keep_trying(lambda: patience.download(address, archive), what=what)
+        open_from = functools.partial(_open_from, address)
+        patience.keep_trying(lambda: patience.download(open_from, archive), what=what)
         patience.unpack(archive, folder, keep="eval_data/")
     except patience.WrongContent as error:
         raise UserError(f"{what} arrived damaged", str(error), "run it again later") from None

@@ -14,7 +14,6 @@ import re
 import sys
 import time
 import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -28,7 +27,6 @@ WAITS = (1.0, 4.0, 15.0, 40.0)
 """Seconds before each further attempt: a minute together."""
 MOST_WAIT = 120.0  # of what a busy server asks for with Retry-After
 PASSING = {408, 425, 429, 500, 502, 503, 504}
-TIMEOUT = 30.0
 CHUNK = 1 << 20
 
 
@@ -129,18 +127,16 @@ def checked(path: Path, seen: Path) -> Path:
     return path
 
 
-def download(address: str, target: Path) -> Path:
-    """A file from any address, resumed where an earlier attempt of this process broke off.
+def download(open_from: Callable[[int], Any], target: Path) -> Path:
+    """A file, resumed where an earlier attempt of this process broke off.
 
-    The part lies beside as NAME.part and gets its name when it is whole. Raises OSError.
+    `open_from` asks for it from a byte on and gives the HTTP reply. The part lies beside as
+    NAME.PID.part and gets its name when it is whole. Raises OSError.
     """
     part = target.with_name(target.name + f".{os.getpid()}.part")
     have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(address)
-    if have:
-        request.add_header("Range", f"bytes={have}-")
     try:
-        reply = urllib.request.urlopen(request, timeout=TIMEOUT)
+        reply = open_from(have)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the part is longer than the file: not its beginning
             part.unlink()

@@ -104,6 +104,8 @@ class UnitTests:
             self._sandbox.close()
 
 
+NEEDS = {"answer": "answer", "tests": "tests"}
+"""What a problem must have for a reward, where its kind is none of a world's."""
 BUILT_IN: dict[str, Reward] = {"answer": answer, "format": format_, "stops": stops, "brief": brief}
 TESTS = "tests"
 
@@ -126,16 +128,34 @@ class Rewards:
                 "rename one of the functions",
             )
 
+    def require(self, item: Item) -> None:
+        """UserError for a problem that lacks what a reward needs: better now than in training."""
+        for name in self.weights:
+            need = NEEDS.get(name)
+            graded = name == "answer" and item.get("kind") in worlds.KINDS
+            if need is not None and need not in item and not graded:
+                raise UserError(
+                    f"the reward {name} needs problems with {need!r}",
+                    f"one has only {', '.join(sorted(item))}",
+                    "name other rewards in rl.rewards, or give other problems in rl.files",
+                )
+
     @property
     def names(self) -> tuple[str, ...]:
         """What each is called in the log: a file's function by its own name."""
         return tuple(name.rpartition(":")[2] for name in self.weights)
 
     def parts(self, item: Item, reply: Reply) -> dict[str, float]:
-        """Every reward by its name in the log. UserError for one that is no finite number."""
+        """Every reward by its name in the log. UserError for one that fails, or gives no finite
+        number."""
         found = {}
         for name, function in self.functions.items():
-            value = function(item, reply)
+            try:
+                value = function(item, reply)
+            except Exception as error:  # of the user's function, pattern or problem
+                raise UserError(
+                    f"the reward {name} failed", f"{type(error).__name__}: {error}", "mend it"
+                ) from error
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UserError(
                     f"the reward {name} gave {value!r}", "it must be a finite number", "mend it"

@@ -20,6 +20,8 @@ _CPU_SHARE = 0.35
 """Share of the cores' matmul rate that a small eager model reaches (measured.md C: 0.28-0.45)."""
 _DECODE_SHARE = 0.25
 """The same for batched decoding (a quickstart of 2026-11-25: rl 39 s, evaluate 28 s)."""
+_DECODE_BANDWIDTH_SHARE = 0.5
+"""Of the memory bandwidth, while one token after the other is decoded: assumed, not measured."""
 _ROLLOUT_SHARE = 0.25
 """Length of a rollout with its prompt over rl.max_new_tokens (that run: 155K of 655K tokens)."""
 _TOKENIZER_BYTES_PER_SECOND = 8e6
@@ -76,8 +78,10 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
         measured = 8 * values["base.eval_tokens"] if stage == "base" else 0
         flops = tokens * counts.flops_per_token + measured * forward
         stages[stage] = {"tokens": tokens, "flops": flops, "seconds": 2 + flops / rate}
-    stages["rl"] = _rl(values, counts.flops_per_token, forward, rate)
-    stages["evaluate"] = _evaluate(values, forward, rate)
+    alone = rate / hardware.device_count  # one process does these while the others wait
+    token = 4 * counts.parameters / (hardware.memory_bandwidth * _DECODE_BANDWIDTH_SHARE)
+    stages["rl"] = _rl(values, counts.flops_per_token, forward, alone, token)
+    stages["evaluate"] = _evaluate(values, forward, alone)
     seconds = sum(stage["seconds"] for stage in stages.values())
     price = hardware.dollars_per_hour
     for stage in stages.values():
@@ -103,10 +107,16 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
     }
 
 
-def _rl(values: dict[str, Any], flops: float, forward: float, rate: float) -> dict[str, float]:
+def _rl(
+    values: dict[str, Any], flops: float, forward: float, rate: float, token: float
+) -> dict[str, float]:
+    """`token`: seconds that reading the weights takes, once for each token of the longest reply."""
     rollouts = values["rl.steps"] * values["rl.prompts_per_step"] * values["rl.samples_per_prompt"]
     tokens = int(rollouts * values["rl.max_new_tokens"] * _ROLLOUT_SHARE)
-    decode = tokens * forward / (rate * _DECODE_SHARE / _CPU_SHARE)
+    decode = max(
+        tokens * forward / (rate * _DECODE_SHARE / _CPU_SHARE),
+        values["rl.steps"] * values["rl.max_new_tokens"] * token,
+    )
     total = tokens * (flops + forward)
     seconds = (2 + tokens * flops / rate + decode) if rollouts else 0.0
     return {"tokens": tokens, "flops": total, "seconds": seconds}
@@ -169,5 +179,5 @@ def _basis(model: ModelConfig, hardware: Hardware) -> str:
         share = f"{_CPU_SHARE:.0%} of the matmul rate, {how}"
     return (
         f"estimates: FLOPs are counted, speed is taken as {share}; "
-        "evaluation and rl are rougher than pretraining"
+        "evaluation and rl, which one process does, are rougher than pretraining"
     )

@@ -45,7 +45,17 @@ def static_rules(release: str | None) -> Rules:
     return {key: (value, str(release)) for key, value in table.items()}
 
 
-_OCT_STATIC: dict[str, Any] = {
+_RL: dict[str, Any] = {  # alike in both
+    "rl.lr_scale": 0.05,
+    "rl.steps": 467,
+    "rl.prompts_per_step": 16,
+    "rl.samples_per_prompt": 16,
+    "rl.max_new_tokens": 256,
+    "rl.eval_every": 60,
+    "rl.save_every": 60,
+}
+
+_OCT_STATIC: dict[str, Any] = _RL | {
     "tokenizer.vocab_size": OCT_VOCAB,
     "tokenizer.train_bytes": 2_000_000_000,
     "base.global_batch_tokens": OCT_BATCH,
@@ -69,19 +79,12 @@ _OCT_STATIC: dict[str, Any] = {
     "sft.cooldown_fraction": 1.0,
     "sft.final_lr_fraction": 0.0,
     "sft.eval_every": 100,
-    "rl.lr_scale": 0.05,
     "rl.warmup_steps": 0,
     "rl.cooldown_fraction": 1.0,
     "rl.final_lr_fraction": 0.0,
-    "rl.steps": 467,
-    "rl.prompts_per_step": 16,
-    "rl.samples_per_prompt": 16,
-    "rl.max_new_tokens": 256,
-    "rl.eval_every": 60,
-    "rl.save_every": 60,
 }
 
-_2026_STATIC: dict[str, Any] = {
+_2026_STATIC: dict[str, Any] = _RL | {
     "base.row_variance": 0.9,
     "base.adamw": "2026",
     "base.decay_schedule": "cosine",
@@ -90,13 +93,6 @@ _2026_STATIC: dict[str, Any] = {
     "base.cooldown_fraction": 0.65,
     "base.final_lr_fraction": 0.05,
     "base.eval_every": 250,
-    "rl.lr_scale": 0.05,
-    "rl.steps": 467,
-    "rl.prompts_per_step": 16,
-    "rl.samples_per_prompt": 16,
-    "rl.max_new_tokens": 256,
-    "rl.eval_every": 60,
-    "rl.save_every": 60,
 }
 
 

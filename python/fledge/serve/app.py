@@ -205,9 +205,9 @@ class App:
     # -- runs --------------------------------------------------------------------------------
 
     async def run_progress(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """GET /runs/NAME and /runs/NAME/STAGE: how far the run of a served model is."""
+        """GET /runs/MODEL and /runs/MODEL/STAGE: how far the run of a served model is."""
         name, _, stage = scope["path"].removeprefix("/runs/").partition("/")
-        runs: dict[str, Run] = {m.run.name: m.run for m in self.context.models if m.run is not None}
+        runs: dict[str, Run] = {m.name: m.run for m in self.context.models if m.run is not None}
         if name not in runs or (stage and stage not in TRAINED_STAGES):
             raise ApiError(404, "No served model has such a run or stage.", code="unknown_run")
         run = runs[name]

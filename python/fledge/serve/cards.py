@@ -16,7 +16,7 @@ from typing import Any
 from fledge.run import Run
 
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-EXAMS = ("world_facts", "world_math", "world_spell", "arc_easy", "gsm8k", "spelling")
+EXAMS = ("world_facts", "world_math", "world_spell", "gsm8k", "spelling")  # with written answers
 SUGGESTIONS = 3
 LONGEST = 140  # characters of a suggestion: it is the label of a button
 ROWS = 400  # transcripts of an exam that are looked at
@@ -76,9 +76,13 @@ def _surest(path: Path | None) -> str | None:
     best: tuple[float, str] | None = None
     for row in _rows(path):
         question, logprobs = row.get("question"), row.get("logprobs") or []
+        if not isinstance(logprobs, list):
+            continue
         if row.get("correct") is not True or not isinstance(question, str):
             continue
         if not 0 < len(question) <= LONGEST or "\n" in question:
+            continue
+        if not all(isinstance(value, (int, float)) for value in logprobs):
             continue
         sure = min(logprobs, default=-1.0)
         if best is None or sure > best[0]:

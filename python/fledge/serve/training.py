@@ -2,14 +2,17 @@
 
 Reads what the run directory holds, while another process trains in it: stage.json, metrics.jsonl,
 samples.md, through the paths of `fledge.run` and only where they lie inside the run. Curves are
-thinned to a few hundred points, so a long run costs a page no more than a short one. It never
+thinned to a few hundred points, and a file that has not changed is not read again. It never
 writes, never takes the run's lock, and knows no path from a client: names are looked up
 among the runs of the served models. Called by `serve.app` in a thread.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fledge.config import STAGES
@@ -33,7 +36,7 @@ def overview(run: Run) -> dict[str, Any]:
 
 def detail(run: Run, stage: str) -> dict[str, Any]:
     """Curves and samples of one stage; empty ones before it has any."""
-    rows = read_metrics(path) if (path := inside(run, run.metrics_file(stage))) else []
+    rows = _rows_of(run, stage)
     curves = {name: points for name in CURVES if (points := _curve(rows, name))}
     samples = inside(run, run.samples_file(stage))
     text = ""
@@ -43,9 +46,23 @@ def detail(run: Run, stage: str) -> dict[str, Any]:
     return {"stage": stage, "curves": curves, "samples": text}
 
 
+def _rows_of(run: Run, stage: str) -> tuple[dict[str, Any], ...]:
+    path = inside(run, run.metrics_file(stage))
+    if path is None:
+        return ()
+    facts = path.stat()
+    return _read(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: Path, size: int, changed: int) -> tuple[dict[str, Any], ...]:
+    """The rows of a file as it was then: a panel asks every few seconds, mostly for the same."""
+    return tuple(read_metrics(path))
+
+
 def _stage(run: Run, name: str, plan: dict[str, Any]) -> dict[str, Any]:
     record = run.read_stage(name)
-    rows = read_metrics(path) if (path := inside(run, run.metrics_file(name))) else []
+    rows = _rows_of(run, name)
     last = rows[-1] if rows else {}
     facts: dict[str, Any] = {
         "stage": name,
@@ -62,7 +79,7 @@ def _stage(run: Run, name: str, plan: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _left_of(run: Run, stage: str, rows: list[dict[str, Any]]) -> float | None:
+def _left_of(run: Run, stage: str, rows: Sequence[dict[str, Any]]) -> float | None:
     """Seconds left of a stage whose rows carry no estimate, from its steps so far."""
     steps = run.values.get(f"{stage}.steps")
     if not steps:
@@ -88,7 +105,7 @@ def _seconds_left(stages: list[dict[str, Any]]) -> float | None:
     return round(left, 1)
 
 
-def _curve(rows: list[dict[str, Any]], name: str) -> list[list[float]]:
+def _curve(rows: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
     """[step, mean of the bucket] in at most POINTS buckets; the last point is the last row's."""
     points = [
         (row["step"], row[name])

@@ -28,7 +28,6 @@ from fledge.data.tokenized import ConversationDocuments, Epochs, TextDocuments
 from fledge.data.worlds import load_world
 from fledge.errors import UserError
 from fledge.evals import chat_quality
-from fledge.evals.rewards import Rewards
 from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.registry import find_tasks
 from fledge.evals.tasks.worlds import EXAMS, find_world_tasks
@@ -95,7 +94,6 @@ def open_material(recipe: Recipe) -> Material:
     """
     for stage in recipe.evaluate.stages:
         require_known("stage", stage, TRAINED_STAGES, key="evaluate.stages")
-    Rewards(recipe.rl.rewards)
     for name in (recipe.mid.persona, recipe.sft.persona):
         if name is not None:
             load_persona(name)
@@ -138,15 +136,10 @@ def _require_kinds(recipe: Recipe, kinds: Callable[[ChatStage], Iterable[str]]) 
 def weights_of(
     section: Any, kinds: Mapping[str, Documents], standard: dict[str, float]
 ) -> dict[str, float]:
-    """The weight of each kind by [mid] or [sft]: mixture, or passes x different conversations."""
-    if section.epochs is None:
-        weights = dict(section.mixture or standard)
-        if PERSONA in kinds:
-            weights.pop(IDENTITY, None)  # it says another name
-            weights.setdefault(PERSONA, PERSONA_WEIGHT * sum(weights.values()))
-        return weights
-    weights = {}
-    for kind, passes in section.epochs.items():
+    """The weight of each kind by [mid] or [sft]: mixture, or passes x different conversations; a
+    persona takes the place of identity."""
+    weights = dict((section.mixture or standard) if section.epochs is None else {})
+    for kind, passes in (section.epochs or {}).items():
         if kind not in kinds:  # none of them is held out; in training the mixture refuses it
             weights[kind] = passes
             continue
@@ -158,7 +151,22 @@ def weights_of(
                 "use mixture, which gives each kind a weight",
             )
         weights[kind] = passes * len(items)
+    if PERSONA in kinds:
+        weights.pop(IDENTITY, None)  # it says another name
+        weights.setdefault(PERSONA, PERSONA_WEIGHT * sum(weights.values()) or 1.0)
     return weights
+
+
+def _conversations(
+    makers: Mapping[str, Callable[[int], Any]], section: Any, tokenizer: Tokenizer, max_tokens: int
+) -> dict[str, Documents]:
+    """The documents of each kind, long ones treated as [mid] or [sft] says."""
+    return {
+        kind: ConversationDocuments(
+            make, tokenizer, max_tokens=max_tokens, policy=section.long_chats
+        )
+        for kind, make in makers.items()
+    }
 
 
 def _mixture(
@@ -214,27 +222,15 @@ class WorldMaterial:
         own = self.world.kinds(stage)
         extra = extra_conversations(self._extra, stage)
         section, standard = getattr(self.recipe, stage), own | dict.fromkeys(extra, FILE_WEIGHT)
-        policy = section.long_chats
         # validation conversations are later draws of the same generator
         offset = 0 if split == "train" else HELD_OUT_PROBLEMS
-        sources: dict[str, Documents] = {
-            kind: ConversationDocuments(
-                lambda i, kind=kind: self.world.conversation(stage, kind, i + offset),
-                tokenizer,
-                max_tokens=max_tokens,
-                policy=policy,
-            )
+        makers: dict[str, Callable[[int], Any]] = {
+            kind: lambda i, kind=kind: self.world.conversation(stage, kind, i + offset)
             for kind in own
         }
-        for kind, make in add_persona(self.recipe, stage, split, self.world).items():
-            sources[kind] = ConversationDocuments(
-                make, tokenizer, max_tokens=max_tokens, policy=policy
-            )
-        for kind, rows in extra.items():
-            shuffled = Epochs(rows, self.recipe.data.seed)
-            sources[kind] = ConversationDocuments(
-                shuffled, tokenizer, max_tokens=max_tokens, policy=policy
-            )
+        makers |= add_persona(self.recipe, stage, split, self.world)
+        makers |= {kind: Epochs(rows, self.recipe.data.seed) for kind, rows in extra.items()}
+        sources = _conversations(makers, section, tokenizer, max_tokens)
         sources[PROSE] = TextDocuments(
             lambda i: self.world.document(split, i + REPLAYED_PROSE).text,
             tokenizer,
@@ -254,14 +250,7 @@ class WorldMaterial:
 
     def talks(self, stage: str, count: int) -> chat_quality.Material:
         unseen = [self.world.conversation("sft", "chat", UNSEEN_CHATS + i) for i in range(count)]
-        return talks_of(
-            self.recipe,
-            stage,
-            count,
-            dialogues=unseen,
-            problem=self.problem,
-            world=self.world,
-        )
+        return talks_of(self.recipe, stage, count, unseen, self.problem, self.world)
 
     def sample_prompts(self) -> list[str]:
         facts = self.world.facts
@@ -343,17 +332,11 @@ class TextMaterial:
     ) -> tuple[Documents, dict[str, float]]:
         rows = self._chats[stage, split] | extra_conversations(self._extra, stage)
         section, standard = getattr(self.recipe, stage), default_weights(stage, list(rows))
-        seed, policy = self.recipe.data.seed, section.long_chats
-        sources: dict[str, Documents] = {
-            kind: ConversationDocuments(
-                Epochs(items, seed), tokenizer, max_tokens=max_tokens, policy=policy
-            )
-            for kind, items in rows.items()
+        makers: dict[str, Callable[[int], Any]] = {
+            kind: Epochs(items, self.recipe.data.seed) for kind, items in rows.items()
         }
-        for kind, make in add_persona(self.recipe, stage, split, self.world).items():
-            sources[kind] = ConversationDocuments(
-                make, tokenizer, max_tokens=max_tokens, policy=policy
-            )
+        makers |= add_persona(self.recipe, stage, split, self.world)
+        sources = _conversations(makers, section, tokenizer, max_tokens)
         sources[PROSE] = TextDocuments(self._order(split), tokenizer, max_tokens=max_tokens)
         weights = weights_of(section, sources, standard)
         if split == "val":  # few chats: perhaps none of them is held out
@@ -378,14 +361,7 @@ class TextMaterial:
         if not unseen:
             ids = range(UNSEEN_CHATS, UNSEEN_CHATS + count)
             unseen = [self.world.conversation("sft", "chat", i) for i in ids]
-        return talks_of(
-            self.recipe,
-            stage,
-            count,
-            dialogues=unseen,
-            problem=self.problem,
-            world=self.world,
-        )
+        return talks_of(self.recipe, stage, count, unseen, self.problem, self.world)
 
     def sample_prompts(self) -> list[str]:
         texts = [self.corpus.val[i] for i in range(min(5, len(self.corpus.val)))]

@@ -18,6 +18,7 @@ from fledge.data.personas import Persona, PersonaConversations, load_persona
 from fledge.data.problems import problems_of, read_problems
 from fledge.data.worlds import World
 from fledge.evals import chat_quality
+from fledge.evals.rewards import Rewards
 from fledge.files import canonical_json
 
 Split = Literal["train", "val"]
@@ -81,6 +82,16 @@ def stage_manifest(recipe: Recipe, stage: str) -> dict[str, Any]:
     return own
 
 
+def require_rewards(recipe: Recipe, own: dict[str, Any] | None) -> None:
+    """UserError for rewards that cannot be, or that the problems are not made for; `own` is a
+    problem of the data itself. Runs the user's own functions' files."""
+    with Rewards(recipe.rl.rewards) as rewards:
+        files = Joined([read_problems(path) for path in recipe.rl.files])
+        problems = problems_of(files, "train") if len(files) else []
+        for item in problems or ([] if own is None else [own]):
+            rewards.require(item)
+
+
 def _digest(rows: Iterable[Any]) -> str:
     return hashlib.sha256(canonical_json(list(rows)).encode("utf-8")).hexdigest()
 
@@ -119,7 +130,6 @@ def talks_of(
     recipe: Recipe,
     stage: str,
     count: int,
-    *,
     dialogues: Sequence[Any],
     problem: Callable[[int], dict[str, Any] | None],
     world: World,

@@ -32,7 +32,7 @@ from fledge.runlog import StopRequest
 from fledge.stages import base, evaluate, mid, rl, sft, tokenizer
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.material import Material, open_material
-from fledge.stages.own_files import stage_manifest
+from fledge.stages.own_files import require_rewards, stage_manifest
 
 STAGE_FUNCTIONS: dict[str, Callable[..., None]] = {
     "tokenizer": tokenizer.run,
@@ -72,6 +72,8 @@ def run_recipe(
     with dist.joined(device) as world:
         if world.leads:
             material = open_material(recipe)  # before the run exists: bad data leaves nothing
+            if recipe.rl.steps != 0:
+                require_rewards(recipe, material.problem(0))
             require_room(plan, out)
         world.wait()  # what the leader had to fetch is there now
         if not world.leads:
@@ -202,6 +204,9 @@ def prepare_machine(device: str | None, threads: int | None) -> str:
     """Sets threads and memory behaviour; returns the device that will be used."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda" and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)  # before anything opens the first one for every rank
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -58,8 +58,8 @@ class Graded:
     parts: dict[str, float] = field(default_factory=dict)
 
 
-Item = dict[str, Any]  # a problem; only `Reward` looks into it
-Reward = Callable[[Item, Completion], Graded]
+Item = dict[str, Any]  # a problem; only `Grader` looks into it
+Grader = Callable[[Item, Completion], Graded]
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def sample_groups(
     engine: Engine,
     tools: Tools,
     items: Sequence[tuple[Item, list[int]]],
-    reward: Reward,
+    reward: Grader,
     config: RlConfig,
     *,
     first: int,
@@ -328,7 +328,9 @@ def collect(
         first, share = (step * rounds + round_) * config.prompts_per_step, job.world.share(missing)
         groups += sample(first + share.start, share.stop - share.start)
         useful = sum(any(r.advantage for r in group) for group in groups)
-        missing = config.prompts_per_step - round(job.world.sum_number(useful))
+        missing = config.prompts_per_step - round(
+            job.world.sum_number(useful, job.model.cos.device)
+        )
         if missing <= 0:
             break
     kept = groups
@@ -347,7 +349,7 @@ def train_rl(
     engine: Engine,
     tools: Tools,
     problem: Callable[[int], tuple[Item, list[int]]],
-    reward: Reward,
+    reward: Grader,
     config: RlConfig,
     reference: Transformer | None = None,
 ) -> None:

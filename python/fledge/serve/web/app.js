@@ -298,7 +298,7 @@ $("model").addEventListener("change", () => {
 });
 $("other").addEventListener("change", () => (chat.other = $("other").value || null));
 $("about").addEventListener("click", () => model() && showCard(model()));
-$("training").addEventListener("click", () => training.open(model().fledge.run));
+$("training").addEventListener("click", () => training.open(model().id));
 $("theme").addEventListener("click", () => {
   const order = ["auto", "dark", "light"];
   write("fledge.theme", order[(order.indexOf(read("fledge.theme", "auto")) + 1) % 3]);

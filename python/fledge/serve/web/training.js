@@ -16,7 +16,7 @@ export class Training {
   }
 
   open(name) {
-    if (!$("panel").hidden && this.name === name) return this.close();
+    if (this.name === name) return this.close();
     Object.assign(this, { name, stage: null });
     $("panel").hidden = false;
     $("training").ariaExpanded = "true";
@@ -26,7 +26,8 @@ export class Training {
 
   close() {
     clearTimeout(this.timer);
-    if ($("panel").hidden) return;
+    if (!this.name) return;
+    this.name = null;
     $("panel").hidden = true;
     $("training").ariaExpanded = "false";
     $("training").focus();
@@ -35,18 +36,20 @@ export class Training {
   async look() {
     clearTimeout(this.timer);
     const { name } = this;
+    const path = `/runs/${encodeURIComponent(name)}`;
     try {
-      const run = await get(`/runs/${name}`);
+      const run = await get(path);
       const trained = run.stages.filter((s) => s.step !== null && s.status !== "waiting");
       const stage = this.stage ?? (trained.findLast((s) => s.status === "running") ?? trained.at(-1))?.stage;
-      const detail = stage ? await get(`/runs/${name}/${stage}`) : null;
-      if (name !== this.name || $("panel").hidden) return;
+      const detail = stage ? await get(`${path}/${stage}`) : null;
+      if (name !== this.name) return; // closed meanwhile, or another's
       this.paint(run, trained, stage, detail);
-      if (run.running) this.timer = setTimeout(() => this.look(), EVERY);
+      if (!run.running) return;
     } catch (error) {
+      if (name !== this.name) return; // closed meanwhile, or another's
       $("panelstate").textContent = error.message;
-      this.timer = setTimeout(() => this.look(), EVERY);
     }
+    this.timer = setTimeout(() => this.look(), EVERY);
   }
 
   paint(run, trained, stage, detail) {
