@@ -112,7 +112,10 @@ def test_a_run_that_only_began(tmp_path: Path) -> None:
         facts = report.render(run)
         text = run.report_file("md").read_text()
     assert facts["stages"]["base"]["status"] == "interrupted"
-    assert "It is not finished: base, mid, sft, rl and evaluate still to do." in text
+    assert (
+        "It is not finished: base, mid, sft, rl and evaluate still to do. The same `fledge run`"
+        in text
+    )
     assert "| stage rl | not run |" in text
 
 

@@ -183,8 +183,9 @@ class BaseSection:
     """Weight decay of the matrices (decoupled, multiplied by the learning rate)."""
     row_variance: float | None = None
     """How slowly Muon's running mean square of each row forgets (NorMuon); 0 turns it off."""
-    adamw: Literal["2025", "2026"] | None = None
-    """Betas and decay of AdamW's groups: nanochat's of 2025 (no decay) or those of 2026."""
+    adamw: Literal["2025", "2026"] | None = later(None)
+    """Betas and decay of AdamW's groups: nanochat's of 2025 (no decay) or those of 2026; absent =
+    2026 with arch speedrun, else 2025."""
     cooldown_shape: Literal["linear", "sqrt"] | None = None
     """How the learning rate falls at the end: linear, or as 1 - sqrt."""
     decay_schedule: Literal["constant", "cosine"] | None = None

@@ -51,7 +51,7 @@ def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) ->
     blocks: list[Block] = [
         Heading(f"{run.name}: report", 1),
         Paragraph(summary_text(run, facts)),
-        Paragraph("Talk to it: `fledge chat .` in the folder of this report."),
+        Paragraph(_talk_text(run)),
         *rehearsal_blocks(run),
         *_score_blocks(facts),
         *nanochat_blocks(facts["stages"]),
@@ -78,6 +78,14 @@ def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) ->
     return blocks
 
 
+def _talk_text(run: Run) -> str:
+    """How to talk to the model, and to which stage's: the furthest that has a checkpoint."""
+    found = run.last_model()
+    if found is None:
+        return "There is no model to talk to yet."
+    return f"Talk to it (the model of {found[0]}): `fledge chat .` in the folder of this report."
+
+
 def summary_text(run: Run, facts: dict[str, Any]) -> str:
     """One plain paragraph: what happened and how good the model is."""
     model, stages = facts["model"], facts["stages"]
@@ -100,7 +108,10 @@ def summary_text(run: Run, facts: dict[str, Any]) -> str:
     left_out = {"rl"} if run.values["rl.steps"] == 0 else set()
     missing = [name for name in STAGES if name not in stages and name not in left_out]
     if unfinished or missing:
-        sentences.append(f"It is not finished: {_join(unfinished + missing)} still to do.")
+        sentences.append(
+            f"It is not finished: {_join(unfinished + missing)} still to do. "
+            "The same `fledge run` command goes on and skips what is done."
+        )
     return " ".join(sentences)
 
 
@@ -315,11 +326,13 @@ def _made_of_blocks(run: Run) -> list[Block]:
         revision = git["revision"] + (" with uncommitted changes" if git["changed"] else "")
     machine = resolved["hardware"]
     rules = [[key, _plain(value), resolved["rules"][key]] for key, value in run.values.items()]
+    # a CPU's name says them already
+    cores = "" if machine["device"] == "cpu" else f", {machine['cpu_cores']} cores"
     return [
         Heading("What it was made of"),
         Paragraph(f"Software: {versions}. Git revision: {revision}."),
         Paragraph(
-            f"Hardware: {machine['name']}, {machine['cpu_cores']} cores, "
+            f"Hardware: {machine['name']}{cores}, "
             f"{machine['host_memory_bytes'] / 1e9:.0f} GB of memory."
         ),
         Heading("The recipe as it was asked for", 3),

@@ -44,7 +44,15 @@ def test_every_key_gets_a_value_and_a_rule(depth: int, world: bool, machine: str
     assert all(plan.rules.values())
     absent = {key for key, value in plan.values.items() if value is None}
     assert absent <= {
-        *("data.source", "data.root", "data.max_bytes", "base.law", "mid.mixture", "sft.mixture"),
+        *(
+            "data.source",
+            "data.root",
+            "data.max_bytes",
+            "base.law",
+            "base.adamw",
+            "mid.mixture",
+            "sft.mixture",
+        ),
         *("evaluate.tasks", "evaluate.max_examples", "model.extras", "model.window_pattern"),
         *("rl.rewards", "mid.epochs", "sft.epochs", "mid.persona", "sft.persona"),
         *("data.max_chat_files", "hardware.target"),

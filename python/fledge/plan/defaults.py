@@ -146,7 +146,7 @@ class Defaults:
         variance = self.speedrun_row_variance if speedrun else 0.0
         return {
             "row_variance": (variance, "0 is plain Muon; 0.9 with arch speedrun, as nanochat 2026"),
-            "adamw": ("2026" if speedrun else "2025", "2026 with arch speedrun, else 2025"),
+            "adamw": (None, "absent means 2026 with arch speedrun, else 2025"),
             "cooldown_shape": ("linear", "as nanochat"),
             "decay_schedule": ("constant", "house default"),
             "momentum_schedule": ("constant", "0.95 throughout"),
