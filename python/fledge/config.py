@@ -163,6 +163,9 @@ class BaseSection:
 
     tokens: int | None = None
     """Tokens to train on; wins over tokens_per_param."""
+    minutes: float | None = later(None)
+    """Train for about this long instead: the speed of this network on this machine is measured
+    first, and `tokens` is what it can do in that time."""
     tokens_per_param: float | None = None
     """Tokens per matrix parameter (blocks + head) when `tokens` is absent."""
     law: str | None = execution(None)

@@ -50,6 +50,7 @@ def test_every_key_gets_a_value_and_a_rule(depth: int, world: bool, machine: str
             "data.max_bytes",
             "base.law",
             "base.adamw",
+            "base.minutes",
             "mid.mixture",
             "sft.mixture",
         ),
@@ -83,6 +84,26 @@ def test_tokens_win_over_the_ratio() -> None:
     assert by_ratio.values["base.tokens"] == pytest.approx(20 * counts.scaling_parameters, rel=0.01)
     both = resolve(Recipe(base=BaseSection(tokens_per_param=20, tokens=4096)), HERE)
     assert both.values["base.tokens"] == 4096
+
+
+def test_minutes_are_as_many_tokens_as_the_measured_speed_gives() -> None:
+    recipe = Recipe(base=BaseSection(minutes=2))
+    assumed = resolve(recipe, HERE)
+    assert "assumed" in assumed.rules["base.tokens"]
+    flops = scaling.count(assumed.model).flops_per_token
+    measured = resolve(recipe, dataclasses.replace(HERE, training_flops=1e4 * flops))
+    batch = measured.values["base.global_batch_tokens"]
+    assert measured.values["base.tokens"] == pytest.approx(1.2e6, abs=batch)
+    assert "2 minutes at 10,000 tokens/s" in measured.rules["base.tokens"]
+    # FLOPs of the stage over the measured speed, measurements of bpb included
+    assert 120 < measured.estimates["stages"]["base"]["seconds"] < 150
+
+
+@pytest.mark.parametrize("other", ["tokens", "tokens_per_param"])
+def test_minutes_and_another_horizon_are_refused(other: str) -> None:
+    recipe = Recipe(base=dataclasses.replace(BaseSection(minutes=2), **{other: 8192}))
+    with pytest.raises(UserError, match=f"base.minutes and base.{other}"):
+        resolve(recipe, HERE)
 
 
 @given(depths)

@@ -10,10 +10,19 @@ from typing import Any
 import pytest
 
 from fledge import cli
-from fledge.config import STAGES, TRAINED_STAGES
+from fledge.config import (
+    STAGES,
+    TRAINED_STAGES,
+    BaseSection,
+    ModelSection,
+    Recipe,
+    TokenizerSection,
+)
 from fledge.files import take_lock
+from fledge.plan import hardware, planner
 from fledge.run import Run
 from fledge.runlog import read_metrics
+from fledge.stages import probe
 from tests.helpers_mini import (
     artefacts,
     assert_three_parts,
@@ -353,6 +362,40 @@ def test_chat_answers_from_a_run_and_from_a_checkpoint(
 
 
 # -- the user's own text -------------------------------------------------------------------------
+
+
+def test_minutes_are_measured_once_and_hold_for_the_run(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = iter((400.0, 800.0))
+    monkeypatch.setattr(probe, "tokens_per_second", lambda plan, device: next(rates))
+    words = ("run", recipe, "--out", tmp_path / "run", "--until", "base", "--base.tokens", "None")
+    for _ in range(2):  # the second time nothing is measured, and nothing is left to do
+        code, _, err = call(capsys, *words, "--base.minutes", 0.05)
+        assert code == 0, err
+        run = Run.read(tmp_path / "run")
+        assert run.values["base.tokens"] == 1024  # of 1,200, in whole steps
+        assert "0.05 minutes at 400 tokens/s" in run.resolved["rules"]["base.tokens"]
+    code, _, err = call(capsys, *words, "--base.minutes", 0.1)
+    assert code == 1
+    assert_three_parts(err)
+    assert "base.tokens" in err and next(rates, None) is None
+
+
+def test_the_speed_of_a_network_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planner.resolve(
+        Recipe(
+            model=ModelSection(depth=1, max_seq_len=64),
+            tokenizer=TokenizerSection(vocab_size=512),
+            base=BaseSection(tokens=4096, global_batch_tokens=128),
+        ),
+        hardware.parse("2xcpu"),
+    )
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.05)
+    assert 100 < probe.tokens_per_second(plan, "cpu") < 1e8
 
 
 def test_own_text_goes_through_all_stages(

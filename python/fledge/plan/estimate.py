@@ -16,8 +16,9 @@ from fledge.plan.scaling import count, nanochat_flops_per_token
 
 # depth -> share of the bf16 peak while pretraining on GPUs: reference/planner.md 3.4
 _GPU_MFU = ((4, 0.15), (8, 0.28), (12, 0.40), (18, 0.46), (20, 0.48), (24, 0.50))
-_CPU_SHARE = 0.35
-"""Share of the cores' matmul rate that a small eager model reaches (measured.md C: 0.28-0.45)."""
+_CPU_SHARE = 0.6
+"""Share of the cores' matmul rate that training a small model reaches; on 2 Zen 5 cores 0.70 to
+0.86, on shared machines less (docs/log.md)."""
 _DECODE_SHARE = 0.25
 """The same for batched decoding (a quickstart of 2026-11-25: rl 39 s, evaluate 28 s)."""
 _DECODE_BANDWIDTH_SHARE = 0.5
@@ -43,6 +44,8 @@ _EXAM_ITEMS = 2400
 
 def training_rate(model: ModelConfig, hardware: Hardware) -> float:
     """Useful FLOP/s of the whole machine while training."""
+    if hardware.training_flops is not None:
+        return hardware.training_flops
     if hardware.device == "cuda":
         # the published shares count attention as if it were not causal, and so does this
         counted = count(model).flops_per_token / nanochat_flops_per_token(model)
@@ -172,12 +175,16 @@ def _downloads(values: dict[str, Any]) -> int:
 
 
 def _basis(model: ModelConfig, hardware: Hardware) -> str:
-    if hardware.device == "cuda":
-        share = f"{_mfu(model.num_hidden_layers):.0%} of the bf16 peak (from published runs)"
+    if hardware.training_flops is not None:
+        share = f"measured with this network: {hardware.training_flops / 1e9:,.0f} GFLOP/s"
+    elif hardware.device == "cuda":
+        share = (
+            f"taken as {_mfu(model.num_hidden_layers):.0%} of the bf16 peak (from published runs)"
+        )
     else:
         how = "measured by fledge bench" if hardware.source == "measured" else "assumed per core"
-        share = f"{_CPU_SHARE:.0%} of the matmul rate, {how}"
+        share = f"taken as {_CPU_SHARE:.0%} of the matmul rate, {how}"
     return (
-        f"estimates: FLOPs are counted, speed is taken as {share}; "
+        f"estimates: FLOPs are counted, speed is {share}; "
         "evaluation and rl, which one process does, are rougher than pretraining"
     )

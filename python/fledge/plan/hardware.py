@@ -79,6 +79,8 @@ class Hardware:
     """Of all devices together; None = no price known (your own machine costs nothing extra)."""
     source: str
     """Where the figures come from: "detected", "measured" (machine.json) or "named"."""
+    training_flops: float | None = None
+    """FLOP/s that training this plan's network was seen to reach here; None = not measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for resolved.json and --json."""

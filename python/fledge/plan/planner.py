@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fledge.config import KEYS, ModelConfig, ModelSection, Recipe, flat, recipe_to_dict
+from fledge.config import KEYS, BaseSection, ModelConfig, ModelSection, Recipe, flat, recipe_to_dict
 from fledge.errors import UserError
 from fledge.plan import estimate, releases, scaling
 from fledge.plan.defaults import DEFAULTS
@@ -77,7 +77,7 @@ def resolve(recipe: Recipe, hardware: Hardware) -> Plan:
     draft = _Draft(recipe)
     _plan_tokenizer(draft)
     model = _plan_model(draft)
-    _plan_base(draft, model)
+    _plan_base(draft, model, hardware)
     _plan_chat(draft, "mid")
     _plan_chat(draft, "sft")
     _plan_rl(draft)
@@ -100,6 +100,7 @@ _ABSENT = {
     "mid.persona": "absent means the data's own identity",
     "sft.persona": "absent means the data's own identity",
     "data.source": "absent means the world, no text of your own",
+    "base.minutes": "absent means that tokens or tokens_per_param say it",
     "base.law": "absent means the default ratio of tokens to parameters",
     "data.root": "absent means FLEDGE_DATA",
     "data.max_bytes": "absent means all of it",
@@ -264,20 +265,19 @@ def _tokens_per_param(
     return round(best, 2), f"the best for {size:,} parameters by {path}{beyond}"
 
 
-def _plan_base(draft: _Draft, model: ModelConfig) -> None:
+def _plan_base(draft: _Draft, model: ModelConfig, hardware: Hardware) -> None:
     law, release = draft.recipe.base.law, draft.release
     ratio = draft.put("base.tokens_per_param", *_tokens_per_param(law, model, release))
     seq_len = model.max_position_embeddings
     by_release = releases.horizon(release, model, ratio)
     by_rule = by_release or int(ratio * scaling.count(model).scaling_parameters)
+    multiplied = "all parameters" if by_release else "(blocks + head)"
+    why = f"tokens_per_param x {multiplied}, in whole steps"
+    if draft.recipe.base.minutes is not None:
+        by_rule, why = _tokens_in(draft.recipe.base, model, hardware)
     wanted = draft.recipe.base.tokens or by_rule
     batch = draft.put_batch("base", *batch_tokens(wanted, seq_len))
-    multiplied = "all parameters" if by_release else "(blocks + head)"
-    tokens = draft.put(
-        "base.tokens",
-        max(1, wanted // batch) * batch,
-        f"tokens_per_param x {multiplied}, in whole steps",
-    )
+    tokens = draft.put("base.tokens", max(1, wanted // batch) * batch, why)
     published = releases.rates(release, model, batch=batch, tokens=wanted)
     for key, (value, rule) in (DEFAULTS.rates(model) | published).items():
         draft.put(f"base.{key}", value, rule)
@@ -288,6 +288,25 @@ def _plan_base(draft: _Draft, model: ModelConfig) -> None:
         "base.eval_tokens",
         scaling.round_up(eval_tokens, seq_len),
         "a fiftieth of the training tokens, at least 16,384, at most 10.5M, in whole rows",
+    )
+
+
+def _tokens_in(base: BaseSection, model: ModelConfig, hardware: Hardware) -> tuple[int, str]:
+    """Tokens that base.minutes are enough for, and how the speed is known."""
+    assert base.minutes is not None
+    for key in ("tokens", "tokens_per_param", "law"):
+        if getattr(base, key) is not None:
+            raise UserError(
+                f"base.minutes and base.{key}",
+                "both say how long base trains",
+                "leave one of them out (on the command line: --base.KEY None)",
+            )
+    rate = estimate.training_rate(model, hardware) / scaling.count(model).flops_per_token
+    how = "an assumed rate; `fledge run` measures it first"
+    if hardware.training_flops is not None:
+        how = "the rate that was measured before the run"
+    return round(rate * 60 * base.minutes), (
+        f"{base.minutes:g} minutes at {rate:,.0f} tokens/s, {how}; in whole steps"
     )
 
 

@@ -33,6 +33,7 @@ from fledge.stages import base, evaluate, mid, rl, sft, tokenizer
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.material import Material, open_material
 from fledge.stages.own_files import require_rewards, stage_manifest
+from fledge.stages.probe import needs_speed, plan_at_measured_speed
 
 STAGE_FUNCTIONS: dict[str, Callable[..., None]] = {
     "tokenizer": tokenizer.run,
@@ -75,6 +76,8 @@ def run_recipe(
             if recipe.rl.steps != 0:
                 require_rewards(recipe, material.problem(0))
             require_room(plan, out)
+            if recipe.base.minutes is not None and needs_speed(recipe, out):
+                plan = plan_at_measured_speed(recipe, plan, device, world.size)
         world.wait()  # what the leader had to fetch is there now
         if not world.leads:
             return _follow(open_material(recipe), out, device, world, until)
