@@ -407,11 +407,19 @@ def verb_report(words: list[str]) -> int:
     parser = Parser("report", VERBS["report"].summary)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("other", type=Path, nargs="?", help="another one to compare with")
+    parser.add_argument(
+        "--row", action="store_true", help="print the run as a row of docs/leaderboard.md"
+    )
     args = parser.parse_args(words)
-    from fledge import report
+    from fledge import report, report_row
     from fledge.run import Run
 
     run = Run.read(args.run)
+    if args.row:
+        others = [run] if args.other is None else [run, Run.read(args.other)]
+        rows = [report_row.row(one, report.gather(one)) for one in others]
+        print(report_row.header() + "".join(rows), end="")
+        return EXIT_DONE
     if args.other is not None:
         print(report.compare(run, Run.read(args.other)), end="")
         return EXIT_DONE
