@@ -9,6 +9,7 @@ from openai import OpenAI
 
 from fledge.engine import Engine, Request, SamplingParams
 from fledge.engine.tools import Tools
+from fledge.serve import scoring
 from fledge.serve.context import Context
 from fledge.serve.metrics import Metrics
 from fledge.serve.models import Models, served_models
@@ -108,6 +109,16 @@ def test_echoed_log_probabilities_equal_scoring_in_process(client, engine, toy):
         assert logged.token_logprobs[-1] == max(logged.top_logprobs[-1].values())
     assert largest < 1e-5
     assert len(reply.choices[-1].logprobs.tokens) == CONTEXT + 1
+
+
+def test_scores_are_those_of_the_weights_that_decode(folder, engine, toy):
+    rounded = Engine(engine.model, toy, weights="int8")
+    rows = [toy.encode("3 plus 4 is 7."), toy.encode("The answer is 7.")]
+    found = [scored.logprobs[1:] for scored in scoring.score_top(rounded, rows, 1)]
+    for row, values in zip(found, rounded.score(rows), strict=True):
+        assert row == pytest.approx(values[1:], abs=1e-5)
+    exact = [scored.logprobs[1:] for scored in scoring.score_top(engine, rows, 1)]
+    assert max(abs(a - b) for x, y in zip(found, exact, strict=True) for a, b in zip(x, y)) > 1e-4
 
 
 def test_scoring_and_generation_agree_on_the_next_token(client):

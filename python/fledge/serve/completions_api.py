@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fledge.engine.requests import Request as EngineRequest
+from fledge.engine.requests import TokenEvent
 from fledge.engine.text_stream import TextStream
 from fledge.serve.api_errors import bad_value, context_overflow
 from fledge.serve.chat_api import usage_of
 from fledge.serve.context import Context
-from fledge.serve.jobs import Event, Handle, Job
+from fledge.serve.jobs import Handle, Job
 from fledge.serve.models import ServedModel
 from fledge.serve.sampling import room_for, sampling_params
 from fledge.serve.schema import CompletionRequest
@@ -92,7 +93,7 @@ class TextChoice:
         self._offsets = tokenizer.decoder(skip_special=True)
         self._offset = len(echo)
 
-    def push(self, event: Event) -> str:
+    def push(self, event: TokenEvent) -> str:
         """The text that this token adds."""
         if self.finish_reason is not None:
             return ""

@@ -16,18 +16,6 @@ from typing import Any, Protocol
 from fledge.serve.api_errors import ApiError
 
 
-class Event(Protocol):
-    """One token of one choice: `fledge.engine.TokenEvent`."""
-
-    request_id: int
-    choice: int
-    token: int
-    logprob: float
-    top_logprobs: list[tuple[int, float]]
-    sampled: bool
-    finish_reason: str | None
-
-
 class EngineLike(Protocol):
     """What of `fledge.engine.Engine` a thread needs; tests use a small stand-in."""
 

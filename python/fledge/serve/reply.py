@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fledge.engine.requests import TokenEvent
 from fledge.engine.text_stream import TextStream
-from fledge.serve.jobs import Event
 from fledge.tokenizer import Tokenizer
 
 CALL = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_-]{0,63})\s*\((\s*\{.*\}\s*)\)\s*", re.DOTALL)
@@ -75,7 +75,7 @@ class ChatReply:
         for token in begun:
             self._place(token, Delta())
 
-    def push(self, event: Event) -> Delta:
+    def push(self, event: TokenEvent) -> Delta:
         """What this token adds."""
         delta = Delta()
         if self.finish_reason is not None:
@@ -94,7 +94,7 @@ class ChatReply:
         self.finish_reason = delta.finish_reason
         return delta
 
-    def _place(self, token: int, delta: Delta, event: Event | None = None) -> None:
+    def _place(self, token: int, delta: Delta, event: TokenEvent | None = None) -> None:
         kind = self._opens.get(token)
         if kind is not None or token in self._closes:
             self._show(self._stream.finish(), delta)
@@ -154,7 +154,7 @@ class ChatReply:
             "function": {"name": name, "arguments": arguments},
         }
 
-    def _entry(self, event: Event) -> dict[str, Any]:
+    def _entry(self, event: TokenEvent) -> dict[str, Any]:
         """A token in the shape of `logprobs.content`."""
 
         def one(token: int, logprob: float) -> dict[str, Any]:

@@ -49,25 +49,25 @@ def score_prompts(
 
 @torch.inference_mode()
 def score_top(engine: Any, rows: list[list[int]], top: int) -> list[Scored]:
-    """`Scored` of every row, in one pass of the engine's model.
+    """`Scored` of every row, in one pass of the engine's runner: with the weights that decode.
 
     The token's own log-probability and the best ones come from one and the same float32
     log-softmax, so that comparing them for equality (lm-eval's is_greedy) is sound.
     """
-    model = engine.model
-    device = next(model.parameters()).device
+    runner = engine.runner
+    device = next(engine.model.parameters()).device
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-    hidden = model.hidden(ids.to(device))  # [rows, width, D]
+    hidden = runner.hidden_of(ids.to(device))  # [rows, width, D]
     results = []
     for i, row in enumerate(rows):
         result = Scored([None], [None])
         targets = [*row[1:], 0]  # the last position has no token yet
         for first in range(0, len(row), LOGIT_ROWS):
             states = hidden[i, first : min(first + LOGIT_ROWS, len(row))]
-            table = model.lm_head(states).float().log_softmax(dim=-1)  # [positions, V]
+            table = runner.head(states).float().log_softmax(dim=-1)  # [positions, V]
             wanted = torch.tensor(targets[first : first + len(table)], device=device)
             own = table.gather(1, wanted[:, None])[:, 0].tolist()
             values, best = table.topk(min(max(top, 1), table.shape[-1]), dim=-1)
