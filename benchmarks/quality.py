@@ -1,48 +1,228 @@
 """Quality per second on this CPU: bits per byte of unseen text after some minutes of training.
 
-    python benchmarks/quality.py --source FOLDER --out DIR            the whole comparison, resumable
-    python benchmarks/quality.py --source FOLDER --out DIR --table    what is known so far
+    python benchmarks/quality.py --source FOLDER --out DIR            all of it, resumable
+    python benchmarks/quality.py --source FOLDER --out DIR --speed    only: how fast each one is
+    python benchmarks/quality.py --source FOLDER --out DIR --table    only: what is known so far
 
-Three contenders learn the same documents with `fledge.train.loop`: `planner` is what `fledge plan
-laptop --base.minutes M` chooses; `recipe` is nanochat's depth-4 network (32,768 words, T = 512, all
-extras, no windows) with its own optimizer and schedules; `adamw` is that network with every
-parameter under AdamW. The two get the best of {4K, 8K, 16K} tokens a step and of three learning
-rates, tried with runs of a sixth of the time; the planner's choice is taken as it is.
+Three contenders learn the same documents with the same loop. `planner` is the recipe `laptop` as
+the planner resolves it. `recipe` is nanochat's depth-4 network (32,768 words, T = 512, all extras,
+no windows) with its own optimizers and schedules; `adamw` is that network under plain AdamW. These
+two are tuned first, with runs of a sixth of the time: three learning rates at 4,096 tokens a step,
+then 8,192 and 16,384 tokens at the best of them. The planner's choice is taken as it is.
 
-A run is as many steps as fit into the minutes at the speed that the contender has on a quiet
-machine (`--speed`, measured in turns, kept in speeds.json): its bits per byte then do not depend on
-who else computes. They are those of whole held-out documents, every byte scored once behind at
-least half a context. Rows go to results.jsonl; what is there is not run again.
+A run is as many steps as fit into the minutes at the contender's speed, which is measured in turns
+on a quiet machine and kept in speeds.json; so what a run reaches does not depend on who else
+computes (short_run.py). A line per run goes to rows.jsonl; what stands there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bare_hooks import BareHooks
+from short_run import Subject, Text, append_row, read_rows, speed, train_and_measure
 
-from fledge.config import KEYS, parse_recipe
-from fledge.data.loader import Ahead, Loader
-from fledge.data.sources import Corpus, open_corpus
-from fledge.data.tokenized import TextDocuments
-from fledge.engine import Engine
-from fledge.evals import bpb
-from fledge.model import Transformer
-from fledge.optim.adamw import AdamW
-from fledge.optim.groups import LearningRates, Optimizers
-from fledge.optim.schedule import Schedule
-from fledge.plan.hardware import detect
-from fledge.plan.planner import Plan, resolve
+from fledge.config import flat, load_recipe, recipe_to_dict
 from fledge.stages.pipeline import keep_freed_memory
-from fledge.tokenizer import Tokenizer
-from fledge.train.loop import Job, train
+
+MAX_BYTES = 60_000_000
+BATCHES = (4096, 8192, 16384)
+TUNING_SHARE = 1 / 6
+SPEED_SECONDS = 15.0
+SPEED_ROUNDS = 3
+NANOCHAT: dict[str, Any] = {
+    "model.depth": 4,
+    "model.arch": "speedrun",
+    "model.head_dim": 64,
+    "model.max_seq_len": 512,
+    "model.window_pattern": "L",
+    "tokenizer.vocab_size": 32768,
+    "tokenizer.pattern": "gpt4-2",
+}
+"""runs/runcpu.sh of nanochat (92d63d4) at depth 4."""
+SCHEDULE_2026: dict[str, Any] = {
+    "base.row_variance": 0.9,
+    "base.adamw": "2026",
+    "base.decay_schedule": "cosine",
+    "base.momentum_schedule": "warm",
+    "base.warmup_steps": 40,
+    "base.cooldown_fraction": 0.65,
+    "base.final_lr_fraction": 0.05,
+}
+RECIPE_TIMES = (1.0, 3.0, 9.0)
+"""Of nanochat's own rates, which are small at these batches: 0.02 x sqrt(4,096 / 2^19) = 0.0018."""
+PLAIN_RATES = (1e-3, 3e-3, 1e-2)
+STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Two-sided 95 % points of Student's t for so many pairs."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A contender at one batch and one rate."""
+
+    contender: str
+    batch: int
+    rate: float
+
+    def subject(self) -> Subject:
+        """What is trained."""
+        name = f"{self.contender} batch {self.batch} rate {self.rate:g}"
+        if self.contender == "planner":
+            asked = flat(recipe_to_dict(load_recipe("laptop")[1]))
+            sections = ("model.", "tokenizer.", "base.")
+            horizon = ("base.minutes", "base.tokens", "tokenizer.train_bytes")
+            keys = {k: v for k, v in asked.items() if k.startswith(sections) and k not in horizon}
+            return Subject("planner", {k: v for k, v in keys.items() if v is not None})
+        keys = NANOCHAT | {"base.global_batch_tokens": self.batch}
+        if self.contender == "adamw":
+            return Subject(name, keys, plain_lr=self.rate)
+        by_batch = math.sqrt(self.batch / 2**19) * self.rate
+        by_width = math.sqrt(768 / 256) * by_batch
+        rates = {
+            "base.matrix_lr": 0.02 * by_batch,
+            "base.embed_lr": 0.3 * by_width,
+            "base.head_lr": 0.008 * by_width,
+            "base.norm_lr": 0.005 * by_batch,
+            # not its factor (tokens of d12 / tokens), which at this horizon is some hundred
+            "base.weight_decay": 0.28 * math.sqrt(self.batch / 2**19),
+        }
+        return Subject(name, keys | SCHEDULE_2026 | rates)
+
+
+PLANNER = Trial("planner", 0, 0.0)
+
+
+class Comparison:
+    """The runs of one comparison, kept in a folder."""
+
+    def __init__(self, source: Path, out: Path, minutes: float, seeds: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.text = Text(source, MAX_BYTES, out)
+        self.seconds, self.seeds = 60 * minutes, seeds
+        self._rows_file, self._speeds_file = out / "rows.jsonl", out / "speeds.json"
+
+    # speed depends on the network and the batch, not on the learning rate
+    def speeds(self) -> dict[str, list[float]]:
+        """Tokens a second: "contender batch" -> one figure a round."""
+        if not self._speeds_file.is_file():
+            return {}
+        return json.loads(self._speeds_file.read_text(encoding="utf-8"))
+
+    def measure_speeds(self) -> None:
+        """Another round of each until all have SPEED_ROUNDS; nobody else should compute."""
+        trials = [PLANNER]
+        trials += [Trial(kind, batch, 1e-3) for kind in ("recipe", "adamw") for batch in BATCHES]
+        for count in range(1, SPEED_ROUNDS + 1):
+            for trial in trials:
+                known = self.speeds()
+                found = known.setdefault(f"{trial.contender} {trial.batch}", [])
+                if len(found) >= count:
+                    continue
+                found.append(round(speed(trial.subject(), self.text, seconds=SPEED_SECONDS)))
+                print(f"{trial.contender} {trial.batch}: {found[-1]:,} tokens/s", flush=True)
+                self._speeds_file.write_text(json.dumps(known, indent=1), encoding="utf-8")
+
+    def run(self, trial: Trial, *, seconds: float, seed: int) -> dict[str, Any]:
+        """The row of a run, made now or before."""
+        rates = self.speeds()[f"{trial.contender} {trial.batch}"]
+        asked = {"contender": trial.contender, "batch": trial.batch, "rate": trial.rate}
+        asked |= {"seconds": seconds, "seed": seed}
+        for row in read_rows(self._rows_file):
+            if all(row[key] == value for key, value in asked.items()):
+                return row
+        tokens = round(statistics.median(rates) * seconds)
+        row = asked | train_and_measure(trial.subject(), self.text, tokens=tokens, seed=seed)
+        append_row(self._rows_file, row)
+        print(
+            f"{row['name']}, seed {seed}, {seconds:.0f} s: {row['tokens']:,} tokens, "
+            f"{row['bpb']:.4f} bits per byte",
+            flush=True,
+        )
+        return row
+
+    def tuned(self, kind: str) -> Trial:
+        """The best batch and rate of a baseline, by short runs."""
+        rates = RECIPE_TIMES if kind == "recipe" else PLAIN_RATES
+        best = self._best(Trial(kind, BATCHES[0], rate) for rate in rates)
+        return self._best(Trial(kind, batch, best.rate) for batch in BATCHES)
+
+    def _best(self, trials: Iterable[Trial]) -> Trial:
+        seconds = self.seconds * TUNING_SHARE
+        found = [(self.run(trial, seconds=seconds, seed=0)["bpb"], trial) for trial in trials]
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def all(self) -> None:
+        """Everything that is missing, seed by seed."""
+        self.measure_speeds()
+        trials = [PLANNER, self.tuned("recipe"), self.tuned("adamw")]
+        for seed in range(self.seeds):
+            for trial in trials:
+                self.run(trial, seconds=self.seconds, seed=seed)
+
+    def table(self) -> str:
+        """The runs of the whole time, and how much fewer bits the planner's choice needs."""
+        lines = [
+            "| contender | tokens a step | rate | tokens/s | tokens | seeds | bits per byte | "
+            "planner needs less by |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        whole = [row for row in read_rows(self._rows_file) if row["seconds"] == self.seconds]
+        ours = {row["seed"]: row["bpb"] for row in whole if row["contender"] == "planner"}
+        for kind in ("planner", "recipe", "adamw"):
+            rows = {row["seed"]: row for row in whole if row["contender"] == kind}
+            if not rows:
+                continue
+            row = next(iter(rows.values()))
+            rates = self.speeds()[f"{kind} {row['batch']}"]
+            less = [100 * (1 - ours[seed] / rows[seed]["bpb"]) for seed in rows if seed in ours]
+            shown = ", ".join(f"{rows[seed]['bpb']:.4f}" for seed in sorted(rows))
+            lines.append(
+                f"| {kind} | {row['batch'] or 'planned'} | {row['rate'] or 'planned'} | "
+                f"{statistics.median(rates):,.0f} ({min(rates):,} to {max(rates):,}) | "
+                f"{row['tokens']:,} | {len(rows)} | {shown} | "
+                f"{'-' if kind == 'planner' else interval(less)} |"
+            )
+        return "\n".join(lines)
+
+
+def interval(percents: list[float]) -> str:
+    """Mean and 95 % interval of differences by seed, as text."""
+    if not percents:
+        return "?"
+    mean = statistics.mean(percents)
+    if len(percents) not in STUDENT_95:
+        return f"{mean:.1f} % (one seed)"
+    half = STUDENT_95[len(percents)] * statistics.stdev(percents) / math.sqrt(len(percents))
+    return f"{mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="a folder of real text")
+    parser.add_argument("--out", type=Path, required=True, help="where rows and speeds are kept")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of this process; speeds need all cores")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    wanted = parser.parse_args()
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    keep_freed_memory()
+    comparison = Comparison(wanted.source, wanted.out, wanted.minutes, wanted.seeds)
+    if wanted.speed:
+        comparison.measure_speeds()
+    elif not wanted.table:
+        comparison.all()
+    print(comparison.table())
+
+
+if __name__ == "__main__":
+    main()
