@@ -376,13 +376,25 @@ def _plan_evaluate(draft: _Draft) -> None:
 
 def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> None:
     seq_len = model.max_position_embeddings
+    device = draft.put("hardware.device", hardware.device, "the best this machine has")
     on_cpu = hardware.device == "cpu"
-    fits = rows_that_fit(
-        model,
-        seq_len,
-        budget_bytes=int(DEFAULTS.memory_share * hardware.device_memory_bytes),
-        bytes_per_value=4 if on_cpu else 2,
+    dtype = draft.put("hardware.dtype", *_default_dtype(device, hardware))
+    fits, checkpointed = (
+        rows_that_fit(
+            model,
+            seq_len,
+            budget_bytes=int(DEFAULTS.memory_share * hardware.device_memory_bytes),
+            bytes_per_value=4 if dtype == "float32" else 2,
+            checkpoint_activations=again,
+        )
+        for again in (False, True)
     )
+    again = draft.put(
+        "hardware.checkpoint_activations",
+        fits == 0 and checkpointed > 0,
+        "only where not one row fits without: it costs a third more time",
+    )
+    fits = checkpointed if again else fits
     if on_cpu:
         # beyond this a CPU gains nothing: the weights are read from cache anyway
         fits = min(fits, DEFAULTS.cpu_tokens_per_pass // seq_len)
@@ -394,8 +406,16 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
             "the rows of a step, split evenly so that a pass fits in 60 % of the memory"
             + (" and holds at most 8,192 tokens on a CPU" if on_cpu else ""),
         )
-    draft.put("hardware.device", hardware.device, "the best this machine has")
     draft.put("hardware.threads", hardware.cpu_cores, "all cores this process may use")
+
+
+def _default_dtype(device: str, hardware: Hardware) -> tuple[str, str]:
+    """What to compute in, and why."""
+    if device != "cuda" or hardware.device != "cuda":
+        return "float32", "float32 on CPUs, and on Apple's GPUs, where nothing else was tried"
+    if hardware.dtype == "float16":
+        return "float16", "this GPU has no bfloat16: float16 with a loss scale"
+    return "bfloat16", "bfloat16 on GPUs that have it; fp8 only when asked for"
 
 
 _MAY_BE_ZERO = {

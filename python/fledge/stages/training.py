@@ -26,6 +26,7 @@ from fledge.runlog import MetricsLog, NoMetrics
 from fledge.stages.context import StageContext
 from fledge.train import checkpoint
 from fledge.train.loop import Job, train
+from fledge.train.loss_scale import LossScale
 from fledge.train.metrics import Row, Speed
 from fledge.train.watch import MAX_BAD_STEPS
 
@@ -58,11 +59,15 @@ class TrainedStage:
         earlier = TRAINED_STAGES[: TRAINED_STAGES.index(stage)]
         source = own or (ctx.run.latest_checkpoint(earlier[-1]) if earlier else None)
         if source is None:
-            model = Transformer(ctx.run.model, seed=base.seed)
+            model = Transformer(ctx.run.model, seed=base.seed, device=ctx.device)
         else:
             checkpoint.verify(source)
-            model = Transformer.load(source)
-        model.to(ctx.device)
+            model = Transformer.load(source, device=ctx.device)
+        dtype: str = ctx.world.tell(ctx.recipe.hardware.dtype) or "float32"  # one for all ranks
+        again = ctx.recipe.hardware.checkpoint_activations or False
+        model.compute_in(dtype, checkpoint_activations=again)
+        if dtype != "float32":
+            ctx.progress.note(f"{stage}: computes in {dtype}")
         share = getattr(section, "lr_scale", 1.0)
         rates, world = LearningRates.of(base).scaled(share), ctx.world
         optimizers = (
@@ -98,8 +103,10 @@ class TrainedStage:
             start,
             speed=machine_speed(ctx.run),
             world=world,
+            scale=LossScale(dynamic=dtype == "float16"),
         )
         self.job.watch.restore(self.state.get("watch", {}))
+        self.job.scale.restore(self.state.get("loss_scale", {}))
         self.metrics = MetricsLog(ctx.run.metrics_file(stage)) if world.leads else NoMetrics()
         self.metrics.truncate_after(start)
         ctx.progress.stage(stage, steps, "steps", done=start, log=ctx.run.log_file(stage))
@@ -134,7 +141,12 @@ class TrainedStage:
                 folder,
                 model=model,
                 optimizers=self.job.optimizers,
-                state={"step": step, "watch": self.job.watch.state(), **self._loader_state()},
+                state={
+                    "step": step,
+                    "watch": self.job.watch.state(),
+                    **({"loss_scale": self.job.scale.state()} if self.job.scale.dynamic else {}),
+                    **self._loader_state(),
+                },
                 token_ids={
                     "bos_token_id": tokenizer.bos_id,
                     "eos_token_id": tokenizer.eos_id,
@@ -159,7 +171,7 @@ class TrainedStage:
         if latest is None:
             return None
         checkpoint.verify(latest)
-        self.job.model.load_state_dict(Transformer.load(latest).state_dict())
+        self.job.model.load_weights(latest)
         self.job.optimizers.forget()
         checkpoint.read_optimizers(latest, self.job.optimizers)
         return checkpoint.read_state(latest)["step"]
