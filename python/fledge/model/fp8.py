@@ -43,7 +43,9 @@ def rounded(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """a b^T of 8-bit matrices [M, K] and [N, K], both contiguous."""
-    return torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype)
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype
+    )
 
 
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fledge.config import ModelConfig
 from fledge.errors import UserError
@@ -103,9 +104,16 @@ def config_from_hf(table: dict[str, Any], *, where: str) -> ModelConfig:
 
 
 def save_model(
-    model: Transformer, folder: Path, *, token_ids: dict[str, int] | None = None
+    model: Transformer,
+    folder: Path,
+    *,
+    token_ids: dict[str, int] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes the files; `token_ids` adds bos_token_id, eos_token_id and pad_token_id."""
+    """Writes the files; `token_ids` adds bos_token_id, eos_token_id and pad_token_id.
+
+    weights: copies by name, where the model itself is being trained meanwhile.
+    """
     config = config_to_hf(model.config) | (token_ids or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = {"do_sample": False, **(token_ids or {})}
@@ -114,7 +122,8 @@ def save_model(
     )
     if model.config.arch == "speedrun":
         shutil.copyfile(_MODELING, folder / _MODELING.name)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    named = dict(model.named_parameters()) if weights is None else weights
+    tensors = {name: p.detach().cpu().contiguous() for name, p in named.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -406,6 +406,11 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
             "the rows of a step, split evenly so that a pass fits in 60 % of the memory"
             + (" and holds at most 8,192 tokens on a CPU" if on_cpu else ""),
         )
+    draft.put(
+        "hardware.async_checkpoints",
+        device != "cpu",
+        "on GPUs; on a CPU writing would take the cores from training",
+    )
     draft.put("hardware.threads", hardware.cpu_cores, "all cores this process may use")
 
 

@@ -98,7 +98,7 @@ def _often(small: dict[str, Any], stage: str, steps: int) -> None:
 
 def _is_place(key: str) -> bool:
     """Keys that say where to compute; the rehearsal's machine decides anew."""
-    places = ("device", "threads", "dtype", "checkpoint_activations")
+    places = ("device", "threads", "dtype", "checkpoint_activations", "async_checkpoints")
     return key.endswith(".device_batch_size") or key in {f"hardware.{name}" for name in places}
 
 

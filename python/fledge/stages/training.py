@@ -7,6 +7,7 @@ packed rows in it; the stage modules only say what they train on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fledge import files
 from fledge.config import TRAINED_STAGES
 from fledge.data.loader import COUNTED, Ahead, Documents, Loader
-from fledge.errors import UserError
+from fledge.errors import Interrupted, UserError
 from fledge.evals import bpb
 from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
@@ -28,6 +29,7 @@ from fledge.train import checkpoint
 from fledge.train.loop import Job, train
 from fledge.train.loss_scale import LossScale
 from fledge.train.metrics import Row, Speed
+from fledge.train.saving import Saver, host_copies
 from fledge.train.watch import MAX_BAD_STEPS
 
 KEEP_CHECKPOINTS = 2
@@ -76,6 +78,7 @@ class TrainedStage:
         # mid keeps base's momentum
         if source and not checkpoint.read_optimizers(source, optimizers) and source != own:
             ctx.progress.note(f"{stage}: {source} has no train_state; momentum starts at zero")
+        self.saver = Saver(behind=ctx.recipe.hardware.async_checkpoints or False)
         self.state: dict[str, Any] = {"step": 0}
         if own is not None:
             self.state = checkpoint.read_state(own)
@@ -122,37 +125,52 @@ class TrainedStage:
     def save(self, step: int) -> None:
         """Writes a whole checkpoint, then points LATEST at it, then drops the oldest.
 
-        Of several ranks the leader writes; the optimizers' state is gathered by all.
+        Of several ranks the leader writes; the optimizers' state is gathered by all. Where
+        checkpoints are asynchronous training goes on while it writes; the next one waits for it.
         """
         tensors = self.job.optimizers.state_tensors()
         if self.ctx.world.leads:
             self._write(step, tensors)
-        self.ctx.world.wait()
+        if not self.saver.behind:
+            self.ctx.world.wait()
 
     def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
+        self.saver.wait()
         self.metrics.sync()
-        run, tokenizer, model = self.ctx.run, self.ctx.tokenizer, self.job.model
-        target = run.checkpoint_dir(self.stage, step)
+        model, target = self.job.model, self.ctx.run.checkpoint_dir(self.stage, step)
         needed = 4 * sum(p.numel() for p in model.parameters()) * 3  # weights and two moments
         files.require_free_bytes(target, int(needed * 1.1))
-        with files.atomic_directory(target) as folder:
+        state = {"step": step, "watch": self.job.watch.state(), **self._loader_state()}
+        if self.job.scale.dynamic:
+            state["loss_scale"] = self.job.scale.state()
+        weights: dict[str, Tensor] | None = None
+        if self.saver.behind:
+            weights = host_copies(dict(model.named_parameters()))
+            tensors = host_copies(tensors)
+        self.saver.submit(lambda: self._write_files(step, state, tensors, weights))
+
+    def _write_files(
+        self,
+        step: int,
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+        weights: dict[str, Tensor] | None,
+    ) -> None:
+        run, tokenizer = self.ctx.run, self.ctx.tokenizer
+        with files.atomic_directory(run.checkpoint_dir(self.stage, step)) as folder:
             tokenizer.save(folder)
             checkpoint.write(
                 folder,
-                model=model,
+                model=self.job.model,
                 optimizers=self.job.optimizers,
-                state={
-                    "step": step,
-                    "watch": self.job.watch.state(),
-                    **({"loss_scale": self.job.scale.state()} if self.job.scale.dynamic else {}),
-                    **self._loader_state(),
-                },
+                state=state,
                 token_ids={
                     "bos_token_id": tokenizer.bos_id,
                     "eos_token_id": tokenizer.eos_id,
                     "pad_token_id": tokenizer.pad_id,
                 },
                 tensors=tensors,
+                weights=weights,
             )
         run.set_latest(self.stage, step)
         drop_old_checkpoints(run, self.stage, self.job.save_every)
@@ -167,6 +185,8 @@ class TrainedStage:
 
     def restore(self) -> int | None:
         """Weights and optimizers of this stage's newest checkpoint; None if it has none yet."""
+        self.saver.wait()
+        self.ctx.world.wait()  # every rank then sees the same newest one
         latest = self.ctx.run.latest_checkpoint(self.stage)
         if latest is None:
             return None
@@ -180,6 +200,7 @@ class TrainedStage:
         keys = (
             "base.matrix_lr and base.embed_lr" if self.stage == "base" else f"{self.stage}.lr_scale"
         )
+        self.saver.wait()
         latest = self.ctx.run.latest_checkpoint(self.stage)
         kept = f"; {latest.name} is kept until then" if latest is not None else ""
         return UserError(
@@ -192,8 +213,16 @@ class TrainedStage:
     def __enter__(self) -> TrainedStage:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.metrics.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None or issubclass(kind, Interrupted):
+                self.saver.wait()
+                self.ctx.world.wait()  # a rank that ended now would have the leader ended, too
+            elif not issubclass(kind, KeyboardInterrupt):
+                with contextlib.suppress(Exception):  # the first error says more
+                    self.saver.wait()
+        finally:
+            self.metrics.close()
 
 
 def machine_speed(run: Run) -> Speed | None:
