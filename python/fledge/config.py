@@ -325,6 +325,15 @@ class HardwareSection:
     """cpu, cuda or mps; absent = the best there is."""
     threads: int | None = execution(None)
     """CPU threads; absent = all cores."""
+    dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = execution(None)
+    """What products are computed in (weights and optimizer state are float32 always); absent =
+    float32 on a CPU, bfloat16 on GPUs that have it, float16 on older ones."""
+    checkpoint_activations: bool | None = execution(None)
+    """Keep only the input of each layer and compute the rest again in the backward pass: a third
+    more time for much less memory, the same numbers; absent = where not one row fits without."""
+    async_checkpoints: bool | None = execution(None)
+    """Write checkpoints in the background while training goes on, from a copy in memory; absent =
+    on GPUs, not on a CPU, whose cores training needs."""
     target: str | None = execution(None)
     """What the recipe was made for, as in --hardware 8xh100; only `--rehearse` reads it, to say
     what the whole run will take there."""

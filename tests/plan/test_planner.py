@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.config import (
+    NUMERIC_KEYS,
     BaseSection,
     DataSection,
+    HardwareSection,
     ModelSection,
     Recipe,
     TokenizerSection,
@@ -182,6 +185,63 @@ def test_rows_fit_their_budget(depth: int, exponent: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("machine", "dtype"),
+    [("2xcpu", "float32"), ("8xh100", "bfloat16"), ("rtx4090", "bfloat16"), ("t4", "float16")],
+)
+def test_the_dtype_is_the_machines_and_no_number_of_the_run(machine: str, dtype: str) -> None:
+    plan = resolve(real(8), hardware.parse(machine))
+    assert plan.values["hardware.dtype"] == dtype
+    assert plan.values["hardware.checkpoint_activations"] is False
+    given = dataclasses.replace(real(8), hardware=HardwareSection(dtype="fp8"))
+    assert resolve(given, hardware.parse(machine)).values["hardware.dtype"] == "fp8"
+    on_cpu = dataclasses.replace(real(8), hardware=HardwareSection(device="cpu"))
+    assert resolve(on_cpu, hardware.parse(machine)).values["hardware.dtype"] == "float32"
+    # DESIGN 4.3: rounding is the machine's business, as its device is
+    assert {"hardware.dtype", "hardware.checkpoint_activations"}.isdisjoint(NUMERIC_KEYS)
+
+
+def test_hours_follow_the_dtype() -> None:
+    def hours(depth: int, dtype: Any, **rest: Any) -> float:
+        asked = dataclasses.replace(real(depth), hardware=HardwareSection(dtype=dtype, **rest))
+        return resolve(asked, hardware.parse("8xh100")).estimates["stages"]["base"]["seconds"]
+
+    half = hours(24, "bfloat16")
+    assert hours(24, None) == half and hours(24, "float16") == half
+    assert hours(24, "float32") == pytest.approx(16 * half, rel=0.01)
+    assert hours(24, "fp8") == pytest.approx(half / 1.17, rel=0.01)
+    assert hours(12, "fp8") == hours(12, "bfloat16")
+    again = hours(24, "bfloat16", checkpoint_activations=True)
+    assert again == pytest.approx(half * 4 / 3, rel=0.01)
+
+
+def test_activations_are_checkpointed_where_not_one_row_fits_without() -> None:
+    """Depth 20 with rows of 65,536 tokens: one takes 77 GB, or 23 GB with layers computed again."""
+    long = dataclasses.replace(real(20).model, max_seq_len=65_536, arch="speedrun")
+    recipe = dataclasses.replace(real(20), model=long)
+    batch = dataclasses.replace(recipe, base=BaseSection(global_batch_tokens=2**20))
+    small = resolve(batch, hardware.parse("rtx4090"))
+    large = resolve(batch, hardware.parse("8xb300"))
+    assert small.values["hardware.checkpoint_activations"] is False  # does not fit either way
+    assert large.values["hardware.checkpoint_activations"] is False
+    middle = resolve(batch, hardware.parse("8xh100"))
+    assert middle.values["hardware.checkpoint_activations"] is True
+    without = dataclasses.replace(batch, hardware=HardwareSection(checkpoint_activations=False))
+    plain = resolve(without, hardware.parse("8xh100"))
+    assert middle.estimates["memory_bytes"] < plain.estimates["memory_bytes"]
+
+
+def test_what_a_checkpointed_pass_holds() -> None:
+    model = scaling.model_config(20, vocab_size=32768, arch="speedrun", max_seq_len=2048)
+    plain = training_memory(model, 65_536, bytes_per_value=2)
+    again = training_memory(model, 65_536, bytes_per_value=2, checkpoint_activations=True)
+    # 2 bytes a layer and number of the stream, and one layer whole: 74 of 680 at depth 20
+    assert again.activations / plain.activations == pytest.approx(74 / 680, rel=0.001)
+    assert again.weights == plain.weights and again.optimizer == plain.optimizer
+    # the logits of 65,536 tokens are never there at once
+    assert plain.logits == 2**27 * 10
+
+
+@pytest.mark.parametrize(
     ("recipe", "words"),
     [
         (Recipe(model=ModelSection(depth=0)), "model.depth"),
@@ -250,6 +310,19 @@ def test_detection_works_here_and_reads_machine_json(monkeypatch: pytest.MonkeyP
         assert (measured.matmul_flops, measured.source) == (1.5e11, "measured")
     finally:
         (home / "machine.json").unlink()
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("7.5", "float16"), ("8.6", "bfloat16")])
+def test_the_dtype_of_a_gpu_that_the_table_lacks(
+    monkeypatch: pytest.MonkeyPatch, capability: str, dtype: str
+) -> None:
+    def answer(command: list[str]) -> str:
+        asked = " ".join(command)
+        return f"{capability}\n" if "compute_cap" in asked else "Quadro Voodoo, 16000\n"
+
+    monkeypatch.setattr(hardware, "_run", answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert hardware.detect().dtype == dtype
 
 
 def test_gpus_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:

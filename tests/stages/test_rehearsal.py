@@ -5,6 +5,7 @@ Against a local hub that holds every data set in its real layout; killed on the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -105,9 +106,16 @@ def test_what_this_machine_lacks_is_said(tmp_path: Path) -> None:
     recipe = load_recipe("thousand")[1]
     table = rehearsal.needs(recipe, planner.resolve(recipe, hardware.parse("1xcpu")), tmp_path)
     told = "\n".join(table["missing"])
-    for word in ("8 x H100", "memory", "disk", "float32"):
+    for word in ("8 x H100", "memory", "disk", "training in bfloat16", "NCCL"):
         assert word in told, word
+    assert "float32" not in told
     assert 28 * 3600 < table["seconds"] < 42 * 3600
+    wide = dataclasses.replace(
+        recipe, hardware=dataclasses.replace(recipe.hardware, dtype="float32")
+    )
+    slow = rehearsal.needs(wide, planner.resolve(wide, hardware.parse("1xcpu")), tmp_path)
+    assert any("float32 is what hardware.dtype asks for" in line for line in slow["missing"])
+    assert slow["seconds"] > 10 * table["seconds"]
     own = load_recipe("tiny")[1]
     assert rehearsal.needs(own, planner.resolve(own, HERE), tmp_path)["missing"] == []
 

@@ -57,12 +57,12 @@ class _Fresh:
 
 
 def can_pack(model: Transformer) -> bool:
-    """Whether `PackedRunner` knows this model: plain qwen3, float32, on a CPU."""
+    """Whether `PackedRunner` knows this model: plain qwen3 that computes in float32, on a CPU."""
     return (
         isinstance(model, Transformer)
         and model.config.arch == "qwen3"
         and model.cos.device.type == "cpu"
-        and model.lm_head.weight.dtype == torch.float32
+        and model.lm_head.weight.dtype == model.compute_dtype == torch.float32
     )
 
 

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from fledge.config import ModelConfig
 from fledge.model.attention import Attention
 from fledge.model.kv_cache import AttentionView
-from fledge.model.layers import Embedding, RMSNorm, SwiGLU, rms_norm
+from fledge.model.layers import (
+    Embedding,
+    Head,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    filled_on_host,
+    rms_norm,
+    run_block,
+)
 from fledge.model.loss import softcap
 
 VALUE_GATE_CHANNELS = 12
@@ -92,11 +101,21 @@ class ReluSquared(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ReluSquaredPass.apply(x, self.up_proj.weight, self.down_proj.weight)  # type: ignore
+        if self.up_proj.fp8:  # 8-bit copies are what is kept then
+            return self.down_proj(F.relu(self.up_proj(x)).square())
+        up, down = self.up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype)
+        return _ReluSquaredPass.apply(x, up, down)  # type: ignore
+
+
+class _Gate(Linear):
+    """A few numbers a token, through torch's own product: too small for another library."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
 
 
 class SpeedrunAttention(Attention):
@@ -114,7 +133,7 @@ class SpeedrunAttention(Attention):
         self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)
         self.value_gate = None
         if has_value_embedding(config, layer):
-            self.value_gate = nn.Linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, bias=False)
+            self.value_gate = _Gate(VALUE_GATE_CHANNELS, config.num_key_value_heads)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None, table: Tensor | None
@@ -173,17 +192,19 @@ class Smear(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False)
+        self.gate = _Gate(SMEAR_GATE_CHANNELS, 1)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """x and previous [B, T, D]; previous is 0 where there is no token before."""
-        gate = self.scale * torch.sigmoid(self.gate(x[..., :SMEAR_GATE_CHANNELS]))
+        gate = self.scale.to(x.dtype) * torch.sigmoid(self.gate(x[..., :SMEAR_GATE_CHANNELS]))
         return x + gate * previous
 
 
 class SpeedrunDecoder(nn.Module):
     """Embedding, blocks and final norm with the extras: the `model.` part of the names."""
+
+    checkpoint_activations = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -230,11 +251,11 @@ class SpeedrunDecoder(nn.Module):
                 x = x + self.embedding_scalars[i] * first
             key = str(i)
             table = self.value_embeddings[key](ids) if key in self.value_embeddings else None
-            x = block(x, cos, sin, view, table)
+            x = run_block(block, x, cos, sin, view, table, again=self.checkpoint_activations)
             if i == len(self.layers) // 2:
                 middle = x
         if self.backout_scale is not None and middle is not None:
-            x = x - self.backout_scale * middle
+            x = x - self.backout_scale.to(x.dtype) * middle
         return self.norm(x)
 
 
@@ -242,15 +263,15 @@ def _scalars(count: int) -> nn.Parameter:
     return nn.Parameter(torch.ones(count))
 
 
-class CappedHead(nn.Linear):
+class CappedHead(Head):
     """The output head; its logits are cap tanh(logits / cap) when the config has a cap."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        super().__init__(config.hidden_size, config.vocab_size)
         self.cap = config.final_logit_softcapping
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        logits = super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        logits = super().forward(input)
         return logits if self.cap is None else softcap(logits.float(), self.cap)
 
 
@@ -262,7 +283,7 @@ def initialize_speedrun(model: nn.Module, config: ModelConfig, generator: torch.
     """
     bound = (3.0 / config.hidden_size) ** 0.5
     depth = torch.linspace(0.0, 1.0, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
+    for name, parameter in filled_on_host(model):
         kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if kind.endswith("norm"):
             parameter.fill_(1.0)

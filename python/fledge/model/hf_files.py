@@ -14,8 +14,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fledge.config import ModelConfig
 from fledge.errors import UserError
@@ -102,9 +104,16 @@ def config_from_hf(table: dict[str, Any], *, where: str) -> ModelConfig:
 
 
 def save_model(
-    model: Transformer, folder: Path, *, token_ids: dict[str, int] | None = None
+    model: Transformer,
+    folder: Path,
+    *,
+    token_ids: dict[str, int] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes the files; `token_ids` adds bos_token_id, eos_token_id and pad_token_id."""
+    """Writes the files; `token_ids` adds bos_token_id, eos_token_id and pad_token_id.
+
+    weights: copies by name, where the model itself is being trained meanwhile.
+    """
     config = config_to_hf(model.config) | (token_ids or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = {"do_sample": False, **(token_ids or {})}
@@ -113,32 +122,59 @@ def save_model(
     )
     if model.config.arch == "speedrun":
         shutil.copyfile(_MODELING, folder / _MODELING.name)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    named = dict(model.named_parameters()) if weights is None else weights
+    tensors = {name: p.detach().cpu().contiguous() for name, p in named.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_model(folder: Path) -> Transformer:
-    """The Transformer of a folder, on the CPU, in float32."""
+def load_model(folder: Path, *, device: torch.device | str | None = None) -> Transformer:
+    """The Transformer of a folder, on `device` (the CPU where none is given), in float32."""
     path = folder / "config.json"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} is not a readable model folder",
-            f"{type(error).__name__}: {error}",
-            "give a checkpoint folder with config.json and model.safetensors, or a run directory",
-        ) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from None
     config = config_from_hf(table, where=str(path))
-    model = Transformer(config)
-    if config.tie_word_embeddings:
-        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    try:
-        model.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except RuntimeError as error:
-        raise UserError(
-            f"the weights in {folder} do not fit its config.json",
-            str(error).splitlines()[0],
-            "take both files from the same checkpoint",
-        ) from None
+    model = Transformer(config, device=device)
+    load_weights(model, folder)
     return model
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, folder: Path) -> None:
+    """Copies a folder's weights into a model, tensor by tensor: no second copy is ever in memory.
+
+    UserError if the file cannot be read or holds other names or shapes.
+    """
+    wanted = dict(model.named_parameters())
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            found = set(file.keys())
+            if model.config.tie_word_embeddings:
+                found -= {"lm_head.weight"}
+            if found != set(wanted):
+                name = min(found ^ set(wanted))
+                raise _unfit(folder, f"{name} is only in one of them")
+            for name, parameter in wanted.items():
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(parameter.shape):
+                    raise _unfit(folder, f"{name} is {shape}, not {tuple(parameter.shape)}")
+                parameter.copy_(file.get_tensor(name))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{folder} is not a readable model folder",
+        f"{type(error).__name__}: {error}",
+        "give a checkpoint folder with config.json and model.safetensors, or a run directory",
+    )
+
+
+def _unfit(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"the weights in {folder} do not fit its config.json",
+        why,
+        "take both files from the same checkpoint",
+    )

@@ -2,20 +2,38 @@
 
 Used by `model.transformer`, `model.attention` and `model.extras`. Shapes: B batch, T tokens,
 D hidden, H heads, K head_dim. Nothing here keeps state between calls.
+
+Weights stay as they are (float32); what a layer computes in is what its input is in, which the
+embeddings decide (`Embedding.compute`, set by `model.precision`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from fledge.model.fp8 import fp8_linear, takes_fp8
 from fledge.products import linear
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def widened(x: Tensor) -> Tensor:
+    """At least float32: where sums of many numbers, or small probabilities, must not be rounded."""
+    return x.float() if x.dtype in HALF else x
 
 
 def trains_on_cpu(x: Tensor) -> bool:
-    """Whether a hand-written backward pass pays: on a GPU torch has fused kernels of its own."""
-    return x.device.type == "cpu" and torch.is_grad_enabled()
+    """Whether a hand-written backward pass pays: on a GPU torch has fused kernels of its own.
+
+    In half precision torch's kernels are taken too: they sum in float32 inside.
+    """
+    return x.device.type == "cpu" and torch.is_grad_enabled() and x.dtype not in HALF
 
 
 class _NormPass(torch.autograd.Function):
@@ -48,9 +66,13 @@ class _NormPass(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps) over the last dimension, times the weight if there is one."""
+    """x / sqrt(mean x^2 + eps) over the last dimension, times the weight if there is one.
+
+    The mean is taken in float32 whatever x is in.
+    """
     if trains_on_cpu(x):
         return _NormPass.apply(x, weight, eps)  # type: ignore[return-value]
+    weight = None if weight is None else weight.to(x.dtype)  # else torch's fused kernel refuses
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -67,13 +89,62 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """torch's linear layer without bias, trained through the faster library of this machine."""
+    """torch's linear layer without bias, trained through the faster library of this machine.
+
+    The weight is rounded to what the input is in, anew in every pass: a copy that is kept would
+    have to follow every step of the optimizer. With `fp8` the product, and those of its gradients,
+    are made of 8-bit numbers while gradients are wanted.
+    """
+
+    fp8 = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Nothing: `Transformer.initialize` or a file fills the weight."""
+
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight)
+        if self.fp8 and torch.is_grad_enabled() and takes_fp8(input):
+            return fp8_linear(input, self.weight)
+        return linear(input, self.weight.to(input.dtype))
+
+
+def run_block(block: nn.Module, *inputs: Any, again: bool) -> Tensor:
+    """block(*inputs). With `again` and while gradients are wanted, only the inputs are kept, and
+    the block is computed again when its gradients are made (Chen et al., arXiv 1604.06174): the
+    same numbers, since nothing in a block is random."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore
+    return block(*inputs)
+
+
+def filled_on_host(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, to be filled by whoever asks; under `torch.no_grad`.
+
+    On a GPU the caller fills memory of the host, one parameter at a time, so that the numbers are
+    the same on every device and the host never holds all of them.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.device.type in ("cpu", "meta"):
+            yield name, parameter
+            continue
+        host = torch.empty(parameter.shape, dtype=parameter.dtype)
+        yield name, host
+        parameter.copy_(host)
+
+
+class Head(nn.Linear):
+    """The output head: logits [.., V] in at least float32."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: `Transformer.initialize` or a file fills the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return widened(F.linear(input, self.weight.to(input.dtype)))
 
 
 class SwiGLU(nn.Module):
@@ -129,7 +200,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if trains_on_cpu(x):
         return _RotatePass.apply(x, cos, sin)  # type: ignore[return-value]
-    return naive_rotate(x, cos, sin)
+    return naive_rotate(x, cos, sin).to(x.dtype)  # angles and arithmetic in float32
 
 
 def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -159,9 +230,19 @@ class _AddRows(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors. Where `weight.grad` exists, a backward pass adds to its rows in place."""
+    """A table of vectors. Where `weight.grad` exists, a backward pass adds to its rows in place.
+
+    What comes out is in `compute`, None = what the weights are in: so a network computes in it.
+    """
+
+    compute: torch.dtype | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing: `Transformer.initialize` or a file fills the weight."""
 
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         if torch.is_grad_enabled() and self.weight.grad is not None:
-            return _AddRows.apply(self.weight, ids)  # type: ignore[return-value]
-        return F.embedding(ids, self.weight)
+            rows: Tensor = _AddRows.apply(self.weight, ids)  # type: ignore[assignment]
+        else:
+            rows = F.embedding(ids, self.weight)
+        return rows if self.compute is None else rows.to(self.compute)

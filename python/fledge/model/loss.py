@@ -10,15 +10,19 @@ readable twin. Shapes: N rows, D hidden, V vocab.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.model.layers import HALF, widened
 from fledge.products import multiply
 
 CHUNK_LOGITS = 2**23
 """Logits in one buffer (32 MiB in fp32): 256 rows of 32,768 words, 2,048 rows of 4,096."""
+ACCELERATOR_CHUNK_LOGITS = 2**27
+"""The same where products must be large to be fast (half a GiB in fp32: 4,096 rows of 32,768)."""
 KEPT_STEP = 128  # rows: their number is a multiple of it where there are enough
 SURE = 1e-30
 """Below this a probability may have lost bits or vanished; its logarithm is made from logits."""
@@ -58,9 +62,10 @@ class Workspace:
         return Workspace()
 
 
-def chunk_rows(vocab: int) -> int:
+def chunk_rows(vocab: int, device: torch.device | str = "cpu") -> int:
     """Rows of logits alive at once."""
-    return max(16, CHUNK_LOGITS // vocab)
+    on_cpu = torch.device(device).type == "cpu"
+    return max(16, (CHUNK_LOGITS if on_cpu else ACCELERATOR_CHUNK_LOGITS) // vocab)
 
 
 @torch.no_grad()
@@ -80,9 +85,13 @@ def head_pass(
     Writes its gradient into `grad_x` [N, D] and adds that of the head to `grad_head` [V, D]; either
     may be None. With p the softmax and w the weight, the gradient by a logit is w (p - [target]);
     w multiplies the rows of x and of grad_x, which are D long, and not those of the logits.
+
+    The products are in what x is in; softmax, loss and weights are at least float32, and the head's
+    gradient is added up in what it is in.
     """
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    step = chunk_rows(head.shape[0])
+    head = head.to(x.dtype)
+    step = chunk_rows(head.shape[0], x.device)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         part, target, weight = x[rows], targets[rows, None], weights[rows, None]
@@ -92,11 +101,11 @@ def head_pass(
         total -= (log_likely * weight).sum(dtype=torch.float64)
         if slopes is None:
             continue
-        weight = (weight * factor).to(part.dtype)
+        weight = weight * factor
         if grad_x is not None:
             torch.mul(multiply(slopes, head.T), weight, out=grad_x[rows])
         if grad_head is not None:
-            grad_head += multiply(slopes.T, (part * weight).T)
+            grad_head += multiply(slopes.T, (part * weight).to(part.dtype).T)
     return total
 
 
@@ -122,32 +131,49 @@ def _slopes(
         return workspace.take("logits", shape, x)
 
     if cap is None:
-        probabilities = _wide(multiply(x, head, out=buffer))
+        probabilities = widened(multiply(x, head, out=buffer))
         before = probabilities.gather(1, target)
+        whole = None if _looks(x) else probabilities.logsumexp(dim=-1, keepdim=True)
         torch.softmax(probabilities, dim=-1, out=probabilities)
     else:
-        sigmoids = _wide(multiply(x * (2.0 / cap), head, out=buffer)).sigmoid_()
+        sigmoids = _doubled_over(x, head, cap, buffer).sigmoid_()
         probabilities = workspace.take("probabilities", shape, sigmoids)
         torch.mul(sigmoids, 2.0 * cap, out=probabilities)
         before = probabilities.gather(1, target)
+        whole = None if _looks(x) else probabilities.logsumexp(dim=-1, keepdim=True)
         torch.softmax(probabilities, dim=-1, out=probabilities)
-    likely = probabilities.gather(1, target)
-    log_likely = likely.log()
-    unsure = (likely[:, 0] < SURE).nonzero()[:, 0]
-    if len(unsure):  # a vanishing p[target] has no logarithm: take that of the logits instead
-        again = _wide(x[unsure] @ head.T)
-        if cap is not None:
-            again = 2.0 * cap * torch.sigmoid(again * (2.0 / cap))
-        log_likely[unsure] = before[unsure] - again.logsumexp(dim=-1, keepdim=True)
+    if whole is not None:
+        log_likely = before - whole
+    else:
+        likely = probabilities.gather(1, target)
+        log_likely = likely.log()
+        unsure = (likely[:, 0] < SURE).nonzero()[:, 0]
+        if len(unsure):  # a vanishing p[target] has no logarithm: take that of the logits instead
+            again = widened(x[unsure] @ head.T)
+            if cap is not None:
+                again = 2.0 * cap * torch.sigmoid(again * (2.0 / cap))
+            log_likely[unsure] = before[unsure] - again.logsumexp(dim=-1, keepdim=True)
     if not needed:
         return log_likely, None, 1.0
     if cap is None:
-        probabilities.scatter_add_(1, target, torch.full_like(likely, -1.0))
+        probabilities.scatter_add_(1, target, torch.full_like(before, -1.0))
         return log_likely, probabilities.to(x.dtype), 1.0
-    probabilities.scatter_add_(1, target, torch.full_like(likely, -1.0))
+    probabilities.scatter_add_(1, target, torch.full_like(before, -1.0))
     probabilities.mul_(sigmoids)
     probabilities.addcmul_(probabilities, sigmoids, value=-1.0)
     return log_likely, probabilities.to(x.dtype), 4.0
+
+
+def _looks(x: Tensor) -> bool:
+    """Whether it is cheap to look at a few numbers first: a GPU would have to be waited for."""
+    return x.device.type == "cpu"
+
+
+def _doubled_over(x: Tensor, head: Tensor, cap: float, buffer: Callable[[], Tensor]) -> Tensor:
+    """2 l / cap of every logit l; in half precision the logits are rounded once, not x as well."""
+    if x.dtype in HALF:
+        return widened(multiply(x, head, out=buffer)).mul_(2.0 / cap)
+    return multiply(x * (2.0 / cap), head, out=buffer)
 
 
 @torch.no_grad()
@@ -155,19 +181,17 @@ def token_logprobs(
     x: Tensor, head: Tensor, targets: Tensor, *, cap: float | None, workspace: Workspace
 ) -> Tensor:
     """log softmax(x_n W^T)[target_n] of every row, [N], at least fp32; no gradient."""
-    step = chunk_rows(head.shape[0])
+    head = head.to(x.dtype)
+    step = chunk_rows(head.shape[0], x.device)
     parts = [
         _slopes(
             x[at : at + step], head, targets[at : at + step, None], cap, workspace, needed=False
         )
         for at in range(0, x.shape[0], step)
     ]
-    return torch.cat([log_likely[:, 0] for log_likely, _, _ in parts]) if parts else _wide(x[:, 0])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32: softmax in half precision would lose the small probabilities."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (
+        torch.cat([log_likely[:, 0] for log_likely, _, _ in parts]) if parts else widened(x[:, 0])
+    )
 
 
 def kept_rows(weights: Tensor) -> Tensor:
@@ -207,7 +231,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_rows is not None and not every:
             grad_rows = torch.zeros_like(x).index_copy_(0, kept, grad_rows)
         ctx.save_for_backward(grad_rows, grad_head)
-        return total.to(_wide(x).dtype)
+        return total.to(widened(x).dtype)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
@@ -265,7 +289,7 @@ def naive_linear_cross_entropy(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, cap: float | None = None
 ) -> Tensor:
     """The readable twin of `linear_cross_entropy`; tests hold the two equal."""
-    logits = _wide(x @ head.T)
+    logits = widened(x @ head.to(x.dtype).T)
     if cap is not None:
         logits = softcap(logits, cap)
     losses = F.cross_entropy(logits, targets, reduction="none")

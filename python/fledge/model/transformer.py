@@ -9,6 +9,7 @@ Never knows about tokens' text, files of a run, or optimizers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +20,23 @@ from fledge.config import ModelConfig
 from fledge.model.attention import Attention
 from fledge.model.extras import CappedHead, SpeedrunDecoder, initialize_speedrun
 from fledge.model.kv_cache import AttentionView, KVCache
-from fledge.model.layers import Embedding, RMSNorm, SwiGLU, rotary_table
+from fledge.model.layers import (
+    Embedding,
+    Head,
+    RMSNorm,
+    SwiGLU,
+    filled_on_host,
+    rotary_table,
+    run_block,
+    widened,
+)
 from fledge.model.loss import (
     Workspace,
     add_loss_gradients,
     linear_cross_entropy,
     token_logprobs,
 )
+from fledge.model.precision import set_precision
 
 
 class Block(nn.Module):
@@ -46,6 +57,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks and final norm: the `model.` part of the parameter names."""
 
+    checkpoint_activations = False
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -56,7 +69,7 @@ class Decoder(nn.Module):
         """Normed states [B, T, D] of token ids [B, T]."""
         x = self.embed_tokens(ids)
         for block in self.layers:
-            x = block(x, cos, sin, view)
+            x = run_block(block, x, cos, sin, view, again=self.checkpoint_activations)
         return self.norm(x)
 
 
@@ -66,19 +79,30 @@ class Transformer(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, *, seed: int | None = None) -> None:
-        """`seed` None leaves the weights as torch made them (they are about to be loaded)."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Built where it will live, on `device`; "meta" takes no memory, to look at shapes.
+
+        `seed` None leaves the weights unset (they are about to be loaded).
+        """
         super().__init__()
         self.config = config
-        if config.arch == "speedrun":
-            self.model: Decoder | SpeedrunDecoder = SpeedrunDecoder(config)
-            self.lm_head: nn.Linear = CappedHead(config)
-        else:
-            self.model = Decoder(config)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            if config.arch == "speedrun":
+                self.model: Decoder | SpeedrunDecoder = SpeedrunDecoder(config)
+                self.lm_head: Head = CappedHead(config)
+            else:
+                self.model = Decoder(config)
+                self.lm_head = Head(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        cos, sin = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        cos, sin = (part.to(self.lm_head.weight.device) for part in table)
         self.workspace = Workspace()
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -87,7 +111,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Deterministic initial weights, the same for every world size.
+        """Deterministic initial weights, the same for every world size and device.
 
         Matrices that read the stream: uniform with std 1/sqrt(hidden); matrices that write to it:
         zero, so that every block starts as the identity; the untied head: zero, so that the first
@@ -97,7 +121,7 @@ class Transformer(nn.Module):
         if self.config.arch == "speedrun":
             return initialize_speedrun(self, self.config, generator)
         bound = (3.0 / self.config.hidden_size) ** 0.5
-        for name, parameter in self.named_parameters():
+        for name, parameter in filled_on_host(self):
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif name.endswith("embed_tokens.weight"):
@@ -171,8 +195,8 @@ class Transformer(nn.Module):
         logprobs = token_logprobs(
             x.detach()[places], head.detach(), targets[places], cap=cap, workspace=workspace
         )
-        weights = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        weights[places] = -slopes(logprobs).to(x.dtype)
+        weights = torch.zeros(len(x), dtype=widened(x).dtype, device=x.device)
+        weights[places] = -slopes(logprobs).to(weights.dtype)
         add_loss_gradients(x, head, targets, weights, cap=cap, workspace=workspace)
 
     def _make_gradients(self) -> None:
@@ -195,9 +219,24 @@ class Transformer(nn.Module):
         """Of the weights."""
         return self.lm_head.weight.dtype
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the stream through the blocks."""
+        return self.model.embed_tokens.compute or self.dtype
+
+    def compute_in(self, name: str, *, checkpoint_activations: bool = False) -> Transformer:
+        """From now on computes in float32, bfloat16, float16 or fp8; the weights stay. Self.
+
+        checkpoint_activations: training keeps only each layer's input and computes the rest again.
+        """
+        set_precision(self, name)
+        self.model.checkpoint_activations = checkpoint_activations
+        return self
+
     def new_cache(self, slots: int, max_len: int) -> KVCache:
         """An empty cache on the model's device."""
-        return KVCache(self.config, slots, max_len, device=self.cos.device)
+        dtype = self.model.embed_tokens.compute or torch.float32
+        return KVCache(self.config, slots, max_len, device=self.cos.device, dtype=dtype)
 
     def save(self, folder: str | Path) -> None:
         """Writes the Hugging Face weights and configs into an existing folder."""
@@ -206,8 +245,15 @@ class Transformer(nn.Module):
         save_model(self, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path) -> Transformer:
-        """The model of a Hugging Face folder (Qwen3). UserError if it is missing or damaged."""
+    def load(cls, folder: str | Path, *, device: torch.device | str | None = None) -> Transformer:
+        """The model of a Hugging Face folder (Qwen3), built on `device`, where its weights are read
+        to one after the other. UserError if it is missing or damaged."""
         from fledge.model.hf_files import load_model
 
-        return load_model(Path(folder))
+        return load_model(Path(folder), device=device)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Overwrites the weights by those of a folder with the same configuration."""
+        from fledge.model.hf_files import load_weights
+
+        load_weights(self, Path(folder))

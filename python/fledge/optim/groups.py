@@ -150,6 +150,16 @@ class Optimizers:
     def reduce_gradients(self) -> None:
         """Makes gradients those of the whole batch; of one process they are."""
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies what this process will update from, after `reduce_gradients`."""
+        if factor == 1.0:
+            return
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+
     def gradient_norm(self) -> float:
         """Euclidean norm of all gradients together; not finite if one of them is not."""
         gradients = [p.grad for p in self.names if p.grad is not None]

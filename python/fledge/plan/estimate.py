@@ -16,6 +16,13 @@ from fledge.plan.scaling import count, nanochat_flops_per_token
 
 # depth -> share of the bf16 peak while pretraining on GPUs: reference/planner.md 3.4
 _GPU_MFU = ((4, 0.15), (8, 0.28), (12, 0.40), (18, 0.46), (20, 0.48), (24, 0.50))
+_DTYPE_SPEED = {"bfloat16": 1.0, "float16": 1.0, "fp8": 1.0, "float32": 1 / 16}
+"""Of a GPU, against bf16: float32 does not go through the matrix units (A100 19.5 against 312
+TFLOP/s, H100 67 against 989, data sheets)."""
+_FP8_GAIN, _FP8_DEPTH = 1.17, 20
+"""Tokens per second of nanochat's d26 in fp8 against bf16; shallow networks gain nothing."""
+_AGAIN = 4 / 3
+"""Time with checkpointed activations: a second forward pass beside a forward and two backward."""
 _CPU_SHARE = 0.6
 """Share of the cores' matmul rate that training a small model reaches; on 2 Zen 5 cores 0.70 to
 0.86, on shared machines less (docs/log.md)."""
@@ -42,16 +49,21 @@ _EXAM_ITEMS = 2400
 """Items of all exams of a world together, and tokens per item (prompt and answer)."""
 
 
-def training_rate(model: ModelConfig, hardware: Hardware) -> float:
-    """Useful FLOP/s of the whole machine while training."""
+def training_rate(
+    model: ModelConfig, hardware: Hardware, dtype: str, *, checkpoint_activations: bool = False
+) -> float:
+    """Useful FLOP/s of the whole machine while training in that dtype."""
     if hardware.training_flops is not None:
         return hardware.training_flops
+    again = _AGAIN if checkpoint_activations else 1.0
     if hardware.device == "cuda":
         # the published shares count attention as if it were not causal, and so does this
         counted = count(model).flops_per_token / nanochat_flops_per_token(model)
-        share = _mfu(model.num_hidden_layers) * counted
-        return hardware.peak_flops * hardware.device_count * share
-    return hardware.matmul_flops * _CPU_SHARE
+        share = _mfu(model.num_hidden_layers) * counted * _DTYPE_SPEED[dtype]
+        if dtype == "fp8" and model.num_hidden_layers >= _FP8_DEPTH:
+            share *= _FP8_GAIN
+        return hardware.peak_flops * hardware.device_count * share / again
+    return hardware.matmul_flops * _CPU_SHARE / again
 
 
 def _mfu(depth: int) -> float:
@@ -67,7 +79,8 @@ def _mfu(depth: int) -> float:
 def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) -> dict[str, Any]:
     """The estimates of a plan as one JSON-able dict."""
     counts = count(model)
-    rate = training_rate(model, hardware)
+    dtype, again = values["hardware.dtype"], values["hardware.checkpoint_activations"]
+    rate = training_rate(model, hardware, dtype, checkpoint_activations=again)
     forward = counts.flops_per_token / 3
     stages: dict[str, dict[str, float]] = {
         "tokenizer": {
@@ -92,7 +105,12 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
         if price is not None:
             stage["dollars"] = round(stage["seconds"] / 3600 * price, 4)
     rows = values["base.device_batch_size"] * model.max_position_embeddings
-    memory = training_memory(model, rows, bytes_per_value=4 if hardware.device == "cpu" else 2)
+    memory = training_memory(
+        model,
+        rows,
+        bytes_per_value=4 if dtype == "float32" else 2,
+        checkpoint_activations=again,
+    )
     return {
         "parameters": counts.parameters,
         "matrix_parameters": counts.matrix_parameters,
@@ -106,7 +124,7 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
         "download_bytes": _downloads(values),
         "disk_bytes": _disk(values, counts.parameters, counts.matrix_parameters),
         "stages": stages,
-        "basis": _basis(model, hardware),
+        "basis": _basis(model, hardware, dtype),
     }
 
 
@@ -174,13 +192,13 @@ def _downloads(values: dict[str, Any]) -> int:
     return int(shards) + 100_000_000 + _TASK_BYTES + chats
 
 
-def _basis(model: ModelConfig, hardware: Hardware) -> str:
+def _basis(model: ModelConfig, hardware: Hardware, dtype: str) -> str:
     if hardware.training_flops is not None:
         share = f"measured with this network: {hardware.training_flops / 1e9:,.0f} GFLOP/s"
     elif hardware.device == "cuda":
-        share = (
-            f"taken as {_mfu(model.num_hidden_layers):.0%} of the bf16 peak (from published runs)"
-        )
+        share = f"taken as {_mfu(model.num_hidden_layers):.0%} of the {dtype} peak (published runs)"
+        if dtype == "fp8":
+            share = f"taken as what published runs in {dtype} reached"
     else:
         how = "measured by fledge bench" if hardware.source == "measured" else "assumed per core"
         share = f"taken as {_CPU_SHARE:.0%} of the matmul rate, {how}"

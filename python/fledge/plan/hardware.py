@@ -31,12 +31,21 @@ class Accelerator:
     memory_bytes: int
     memory_bandwidth: float
     dollars_per_hour: float | None
+    dtype: str = "bfloat16"
+    """The 16-bit type that its matrix units multiply."""
 
 
 def _gpu(
-    name: str, peak: float, matmul: float, gigabytes: float, bandwidth: float, price: float | None
+    name: str,
+    peak: float,
+    matmul: float,
+    gigabytes: float,
+    bandwidth: float,
+    price: float | None,
+    dtype: str = "bfloat16",
 ) -> Accelerator:
-    return Accelerator(name, peak * 1e12, matmul * 1e12, int(gigabytes * 1e9), bandwidth, price)
+    memory = int(gigabytes * 1e9)
+    return Accelerator(name, peak * 1e12, matmul * 1e12, memory, bandwidth, price, dtype)
 
 
 # Data sheets, and matmul ceilings and mid-2026 rental prices collected in reference/planner.md
@@ -50,7 +59,7 @@ ACCELERATORS: dict[str, Accelerator] = {
     "gb200": _gpu("GB200", 2500, 1822, 186, 8e12, None),
     "l40s": _gpu("L40S", 362, 290, 48, 0.86e12, None),
     "mi300x": _gpu("MI300X", 1307, 668, 192, 5.3e12, None),
-    "t4": _gpu("T4", 65, 40, 16, 0.32e12, None),  # float16: it has no bfloat16
+    "t4": _gpu("T4", 65, 40, 16, 0.32e12, None, "float16"),  # it has no bfloat16
     "rtx3090": _gpu("RTX 3090", 71, 57, 24, 0.94e12, None),
     "rtx4090": _gpu("RTX 4090", 165.2, 132, 24, 1.01e12, 0.60),
     "rtx5090": _gpu("RTX 5090", 209.5, 168, 32, 1.79e12, None),
@@ -79,6 +88,8 @@ class Hardware:
     """Of all devices together; None = no price known (your own machine costs nothing extra)."""
     source: str
     """Where the figures come from: "detected", "measured" (machine.json) or "named"."""
+    dtype: str = "float32"
+    """What it trains in unless hardware.dtype says otherwise."""
     training_flops: float | None = None
     """FLOP/s that training this plan's network was seen to reach here; None = not measured."""
 
@@ -100,7 +111,9 @@ def detect() -> Hardware:
         name, gpu_memory = gpus[0]
         known = lookup(name)
         count = len(gpus)
-        accelerator = known or Accelerator(name, 100e12, 60e12, gpu_memory, 1e12, None)
+        accelerator = known or Accelerator(
+            name, 100e12, 60e12, gpu_memory, 1e12, None, _dtype_of_unknown()
+        )
         return _with_gpus(accelerator, count, cores, memory, "detected", gpu_memory)
     measured = _machine_json()
     device = "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
@@ -172,6 +185,7 @@ def _with_gpus(
         memory_bandwidth=gpu.memory_bandwidth,
         dollars_per_hour=None if price is None else price * count,
         source=source,
+        dtype=gpu.dtype,
     )
 
 
@@ -213,6 +227,13 @@ def nvidia_gpus() -> list[tuple[str, int]]:
         if name and mebibytes.strip().isdigit():
             gpus.append((name.strip(), int(mebibytes) * 1024 * 1024))
     return gpus[: len(visible.split(","))] if visible else gpus
+
+
+def _dtype_of_unknown() -> str:
+    """Of a GPU that the table lacks: bfloat16 came with compute capability 8.0 (Ampere)."""
+    found = _run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]).split()
+    old = bool(found) and found[0].partition(".")[0].isdigit() and float(found[0]) < 8.0
+    return "float16" if old else "bfloat16"
 
 
 def _machine_json() -> dict[str, Any]:

@@ -13,6 +13,10 @@ from fledge.plan.scaling import count
 
 ACTIVATION_BYTES = 34
 """Bytes kept per token, layer and unit of width in bf16 (no checkpointing); fp32 keeps twice."""
+KEPT_BYTES = 2
+"""The same of a checkpointed layer: its input, one number in bf16."""
+CHUNK_LOGITS = {4: 2**23, 2: 2**27}
+"""Logits alive at once, by bytes of a value: `model.loss` never holds all of them."""
 PROCESS_BYTES = 780_000_000
 """Python, torch, libraries, data: a depth-2 run peaked at 0.85 GB, 0.07 of it tensors."""
 
@@ -35,35 +39,58 @@ class Memory:
         return int(1.06 * parts) + self.process
 
 
-def training_memory(model: ModelConfig, tokens_per_pass: int, *, bytes_per_value: int) -> Memory:
+def training_memory(
+    model: ModelConfig,
+    tokens_per_pass: int,
+    *,
+    bytes_per_value: int,
+    checkpoint_activations: bool = False,
+) -> Memory:
     """Memory with `tokens_per_pass` tokens in one forward and backward pass.
 
     bytes_per_value: of activations; 4 = fp32 (CPU), 2 = bf16 (GPU). Masters, gradients, Muon's one
-    buffer (matrices) and AdamW's two (the rest) are fp32.
+    buffer (matrices) and AdamW's two (the rest) are fp32; in bf16 a pass also keeps a rounded copy
+    of every matrix that it multiplies.
     """
     counts = count(model)
     rest = counts.parameters - counts.matrix_parameters
     scale = bytes_per_value / 2
-    width = model.hidden_size * model.num_hidden_layers
+    layers = model.num_hidden_layers
+    per_width = ACTIVATION_BYTES * layers
+    if checkpoint_activations:
+        per_width = KEPT_BYTES * layers + ACTIVATION_BYTES  # one layer's at a time
+    width = model.hidden_size
+    rounded = 0 if bytes_per_value == 4 else bytes_per_value * counts.scaling_parameters
+    logits = min(tokens_per_pass * model.vocab_size, CHUNK_LOGITS[bytes_per_value])
     return Memory(
-        weights=4 * counts.parameters,
+        weights=4 * counts.parameters + rounded,
         gradients=4 * counts.parameters,
         optimizer=4 * counts.matrix_parameters + 8 * rest,
-        activations=int(ACTIVATION_BYTES * scale * width * tokens_per_pass),
-        logits=tokens_per_pass * model.vocab_size * (bytes_per_value + 4 + 4),
+        activations=int(per_width * scale * width * tokens_per_pass),
+        logits=logits * (bytes_per_value + 4 + 4),
         process=PROCESS_BYTES,
     )
 
 
 def rows_that_fit(
-    model: ModelConfig, seq_len: int, *, budget_bytes: int, bytes_per_value: int
+    model: ModelConfig,
+    seq_len: int,
+    *,
+    budget_bytes: int,
+    bytes_per_value: int,
+    checkpoint_activations: bool = False,
 ) -> int:
     """The largest power of two of rows whose training fits the budget; 0 if not even one does."""
     rows = 0
     candidate = 1
     while candidate <= 1024:
-        need = training_memory(model, candidate * seq_len, bytes_per_value=bytes_per_value).total
-        if need > budget_bytes:
+        need = training_memory(
+            model,
+            candidate * seq_len,
+            bytes_per_value=bytes_per_value,
+            checkpoint_activations=checkpoint_activations,
+        )
+        if need.total > budget_bytes:
             break
         rows, candidate = candidate, candidate * 2
     return rows

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fledge.config import KEYS, BaseSection, ModelConfig, ModelSection, Recipe, flat, recipe_to_dict
+from fledge.config import KEYS, ModelConfig, ModelSection, Recipe, flat, recipe_to_dict
 from fledge.errors import UserError
 from fledge.plan import estimate, releases, scaling
 from fledge.plan.defaults import DEFAULTS
@@ -274,7 +274,7 @@ def _plan_base(draft: _Draft, model: ModelConfig, hardware: Hardware) -> None:
     multiplied = "all parameters" if by_release else "(blocks + head)"
     why = f"tokens_per_param x {multiplied}, in whole steps"
     if draft.recipe.base.minutes is not None:
-        by_rule, why = _tokens_in(draft.recipe.base, model, hardware)
+        by_rule, why = _tokens_in(draft, model, hardware)
     wanted = draft.recipe.base.tokens or by_rule
     batch = draft.put_batch("base", *batch_tokens(wanted, seq_len))
     tokens = draft.put("base.tokens", max(1, wanted // batch) * batch, why)
@@ -291,8 +291,9 @@ def _plan_base(draft: _Draft, model: ModelConfig, hardware: Hardware) -> None:
     )
 
 
-def _tokens_in(base: BaseSection, model: ModelConfig, hardware: Hardware) -> tuple[int, str]:
+def _tokens_in(draft: _Draft, model: ModelConfig, hardware: Hardware) -> tuple[int, str]:
     """Tokens that base.minutes are enough for, and how the speed is known."""
+    base = draft.recipe.base
     assert base.minutes is not None
     for key in ("tokens", "tokens_per_param", "law"):
         if getattr(base, key) is not None:
@@ -301,7 +302,10 @@ def _tokens_in(base: BaseSection, model: ModelConfig, hardware: Hardware) -> tup
                 "both say how long base trains",
                 "leave one of them out (on the command line: --base.KEY None)",
             )
-    rate = estimate.training_rate(model, hardware) / scaling.count(model).flops_per_token
+    device = draft.recipe.hardware.device or hardware.device
+    dtype = draft.recipe.hardware.dtype or _default_dtype(device, hardware)[0]
+    flops = estimate.training_rate(model, hardware, dtype)
+    rate = flops / scaling.count(model).flops_per_token
     how = "an assumed rate; `fledge run` measures it first"
     if hardware.training_flops is not None:
         how = "the rate that was measured before the run"
@@ -395,13 +399,25 @@ def _plan_evaluate(draft: _Draft) -> None:
 
 def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> None:
     seq_len = model.max_position_embeddings
+    device = draft.put("hardware.device", hardware.device, "the best this machine has")
     on_cpu = hardware.device == "cpu"
-    fits = rows_that_fit(
-        model,
-        seq_len,
-        budget_bytes=int(DEFAULTS.memory_share * hardware.device_memory_bytes),
-        bytes_per_value=4 if on_cpu else 2,
+    dtype = draft.put("hardware.dtype", *_default_dtype(device, hardware))
+    fits, checkpointed = (
+        rows_that_fit(
+            model,
+            seq_len,
+            budget_bytes=int(DEFAULTS.memory_share * hardware.device_memory_bytes),
+            bytes_per_value=4 if dtype == "float32" else 2,
+            checkpoint_activations=again,
+        )
+        for again in (False, True)
     )
+    again = draft.put(
+        "hardware.checkpoint_activations",
+        fits == 0 and checkpointed > 0,
+        "only where not one row fits without: it costs a third more time",
+    )
+    fits = checkpointed if again else fits
     if on_cpu:
         # beyond this a CPU gains nothing: the weights are read from cache anyway
         fits = min(fits, DEFAULTS.cpu_tokens_per_pass // seq_len)
@@ -413,8 +429,21 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
             "the rows of a step, split evenly so that a pass fits in 60 % of the memory"
             + (" and holds at most 8,192 tokens on a CPU" if on_cpu else ""),
         )
-    draft.put("hardware.device", hardware.device, "the best this machine has")
+    draft.put(
+        "hardware.async_checkpoints",
+        device != "cpu",
+        "on GPUs; on a CPU writing would take the cores from training",
+    )
     draft.put("hardware.threads", hardware.cpu_cores, "all cores this process may use")
+
+
+def _default_dtype(device: str, hardware: Hardware) -> tuple[str, str]:
+    """What to compute in, and why."""
+    if device != "cuda" or hardware.device != "cuda":
+        return "float32", "float32 on CPUs, and on Apple's GPUs, where nothing else was tried"
+    if hardware.dtype == "float16":
+        return "float16", "this GPU has no bfloat16: float16 with a loss scale"
+    return "bfloat16", "bfloat16 on GPUs that have it; fp8 only when asked for"
 
 
 _MAY_BE_ZERO = {

@@ -39,12 +39,16 @@ ROWS_PER_STEP = 4
 FOLLOWS_DEPTH = ("hidden_size", "intermediate_size", "head_dim", "num_key_value_heads")
 _HUB_ONLY = ("data.max_bytes", "data.max_chat_files")
 
-LACKS = (
-    "this version computes in float32: the hours above are those of bfloat16, which the published "
-    "runs have; count on several times as many, and measure 50 steps before you rent for a day",
+SLOW = (
+    "float32 is what hardware.dtype asks for there: the hours above are those of a GPU without its "
+    "matrix units, and they are assumed, not measured"
+)
+UNTRIED = (
+    "training in {dtype} has been tested on CPUs only, never run on a GPU: measure 50 steps before "
+    "you rent for a day",
     "`--nproc` on GPUs (NCCL) has not been run yet; on CPUs (gloo) it is tested",
 )
-"""What this version of fledge lacks for the published hours; said where the target is a GPU."""
+"""What nobody has tried of this version; said where the target is a GPU."""
 
 
 def shrink(plan: Plan, recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
@@ -94,7 +98,8 @@ def _often(small: dict[str, Any], stage: str, steps: int) -> None:
 
 def _is_place(key: str) -> bool:
     """Keys that say where to compute; the rehearsal's machine decides anew."""
-    return key.endswith(".device_batch_size") or key in ("hardware.device", "hardware.threads")
+    places = ("device", "threads", "dtype", "checkpoint_activations", "async_checkpoints")
+    return key.endswith(".device_batch_size") or key in {f"hardware.{name}" for name in places}
 
 
 def _factor(full: Any, small: int) -> str | None:
@@ -154,7 +159,9 @@ def missing(there: Plan, machine: Hardware, target: Hardware, out: Path) -> list
                 f"{free / 1e9:,.1f} GB are free"
             )
     if target.device == "cuda":
-        found += LACKS
+        dtype = there.values["hardware.dtype"]
+        found += [SLOW] if dtype == "float32" else []
+        found += [sentence.format(dtype=dtype) for sentence in UNTRIED]
     return found
 
 

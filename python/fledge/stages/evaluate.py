@@ -47,12 +47,14 @@ class Candidate:
         store: Store | None,
         *,
         device: str | None = None,
+        dtype: str = "float32",
         is_foreign: bool = False,
     ) -> None:
-        """is_foreign: another maker's model, which has CORE only."""
+        """dtype: what it computes in. is_foreign: another maker's model, which has CORE only."""
         self.folder = folder
         self.store = store
         self.device = device
+        self.dtype = "bfloat16" if dtype == "fp8" else dtype  # fp8 is for training
         self.is_foreign = is_foreign
 
     @functools.cached_property
@@ -64,8 +66,8 @@ class Candidate:
             engine = hf.open_hf(self.folder)
             engine.model.eval().to(self.device or "cpu")
             return engine
-        model = Transformer.load(self.folder).eval().to(self.device or "cpu")
-        return stage_engine(model, Tokenizer.load(self.folder))
+        model = Transformer.load(self.folder, device=self.device).eval()
+        return stage_engine(model.compute_in(self.dtype), Tokenizer.load(self.folder))
 
     def take(
         self, task: Task, options: Options, *, after_chunk: Callable[[int], None] | None = None
@@ -96,7 +98,8 @@ def run(ctx: StageContext, *, resume: bool) -> None:
 
     for stage, folder in folders.items():
         store = Store(ctx.run.evaluate_dir(stage), model_hash(folder))
-        candidate = Candidate(folder, store, device=ctx.device)
+        dtype = ctx.recipe.hardware.dtype or "float32"
+        candidate = Candidate(folder, store, device=ctx.device, dtype=dtype)
         results = []
         for task in tasks:
             results.append(candidate.take(task, options, after_chunk=after_chunk))

@@ -50,7 +50,10 @@ def tokens_per_second(plan: planner.Plan, device: str) -> float:
     values: dict[str, Any] = plan.values
     context = plan.model.max_position_embeddings
     rows = values["base.global_batch_tokens"] // context
-    model = Transformer(plan.model, seed=0).to(device)
+    model = Transformer(plan.model, seed=0, device=device).compute_in(
+        values["hardware.dtype"],
+        checkpoint_activations=values["hardware.checkpoint_activations"],
+    )
     base = {key.partition(".")[2]: v for key, v in values.items() if key.startswith("base.")}
     rates = LearningRates(**{f.name: base[f.name] for f in dataclasses.fields(LearningRates)})
     optimizers = Optimizers(model, rates)

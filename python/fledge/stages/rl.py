@@ -81,4 +81,5 @@ def _reference(ctx: StageContext) -> Transformer:
     """The model that rl began with; it stays as it is."""
     folder = ctx.run.latest_checkpoint("sft")
     assert folder is not None
-    return Transformer.load(folder).eval().to(ctx.device)
+    model = Transformer.load(folder, device=ctx.device).eval()
+    return model.compute_in(ctx.recipe.hardware.dtype or "float32")

@@ -7,6 +7,7 @@ packed rows in it; the stage modules only say what they train on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fledge import files
 from fledge.config import TRAINED_STAGES
 from fledge.data.loader import COUNTED, Ahead, Documents, Loader
-from fledge.errors import UserError
+from fledge.errors import Interrupted, UserError
 from fledge.evals import bpb
 from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
@@ -26,7 +27,9 @@ from fledge.runlog import MetricsLog, NoMetrics
 from fledge.stages.context import StageContext
 from fledge.train import checkpoint
 from fledge.train.loop import Job, train
+from fledge.train.loss_scale import LossScale
 from fledge.train.metrics import Row, Speed
+from fledge.train.saving import Saver, host_copies
 from fledge.train.watch import MAX_BAD_STEPS
 
 KEEP_CHECKPOINTS = 2
@@ -58,11 +61,15 @@ class TrainedStage:
         earlier = TRAINED_STAGES[: TRAINED_STAGES.index(stage)]
         source = own or (ctx.run.latest_checkpoint(earlier[-1]) if earlier else None)
         if source is None:
-            model = Transformer(ctx.run.model, seed=base.seed)
+            model = Transformer(ctx.run.model, seed=base.seed, device=ctx.device)
         else:
             checkpoint.verify(source)
-            model = Transformer.load(source)
-        model.to(ctx.device)
+            model = Transformer.load(source, device=ctx.device)
+        dtype: str = ctx.world.tell(ctx.recipe.hardware.dtype) or "float32"  # one for all ranks
+        again = ctx.recipe.hardware.checkpoint_activations or False
+        model.compute_in(dtype, checkpoint_activations=again)
+        if dtype != "float32":
+            ctx.progress.note(f"{stage}: computes in {dtype}")
         share = getattr(section, "lr_scale", 1.0)
         rates, world = LearningRates.of(base).scaled(share), ctx.world
         optimizers = (
@@ -71,6 +78,7 @@ class TrainedStage:
         # mid keeps base's momentum
         if source and not checkpoint.read_optimizers(source, optimizers) and source != own:
             ctx.progress.note(f"{stage}: {source} has no train_state; momentum starts at zero")
+        self.saver = Saver(behind=ctx.recipe.hardware.async_checkpoints or False)
         self.state: dict[str, Any] = {"step": 0}
         if own is not None:
             self.state = checkpoint.read_state(own)
@@ -98,8 +106,10 @@ class TrainedStage:
             start,
             speed=machine_speed(ctx.run),
             world=world,
+            scale=LossScale(dynamic=dtype == "float16"),
         )
         self.job.watch.restore(self.state.get("watch", {}))
+        self.job.scale.restore(self.state.get("loss_scale", {}))
         self.metrics = MetricsLog(ctx.run.metrics_file(stage)) if world.leads else NoMetrics()
         self.metrics.truncate_after(start)
         ctx.progress.stage(stage, steps, "steps", done=start, log=ctx.run.log_file(stage))
@@ -115,32 +125,52 @@ class TrainedStage:
     def save(self, step: int) -> None:
         """Writes a whole checkpoint, then points LATEST at it, then drops the oldest.
 
-        Of several ranks the leader writes; the optimizers' state is gathered by all.
+        Of several ranks the leader writes; the optimizers' state is gathered by all. Where
+        checkpoints are asynchronous training goes on while it writes; the next one waits for it.
         """
         tensors = self.job.optimizers.state_tensors()
         if self.ctx.world.leads:
             self._write(step, tensors)
-        self.ctx.world.wait()
+        if not self.saver.behind:
+            self.ctx.world.wait()
 
     def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
+        self.saver.wait()
         self.metrics.sync()
-        run, tokenizer, model = self.ctx.run, self.ctx.tokenizer, self.job.model
-        target = run.checkpoint_dir(self.stage, step)
+        model, target = self.job.model, self.ctx.run.checkpoint_dir(self.stage, step)
         needed = 4 * sum(p.numel() for p in model.parameters()) * 3  # weights and two moments
         files.require_free_bytes(target, int(needed * 1.1))
-        with files.atomic_directory(target) as folder:
+        state = {"step": step, "watch": self.job.watch.state(), **self._loader_state()}
+        if self.job.scale.dynamic:
+            state["loss_scale"] = self.job.scale.state()
+        weights: dict[str, Tensor] | None = None
+        if self.saver.behind:
+            weights = host_copies(dict(model.named_parameters()))
+            tensors = host_copies(tensors)
+        self.saver.submit(lambda: self._write_files(step, state, tensors, weights))
+
+    def _write_files(
+        self,
+        step: int,
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+        weights: dict[str, Tensor] | None,
+    ) -> None:
+        run, tokenizer = self.ctx.run, self.ctx.tokenizer
+        with files.atomic_directory(run.checkpoint_dir(self.stage, step)) as folder:
             tokenizer.save(folder)
             checkpoint.write(
                 folder,
-                model=model,
+                model=self.job.model,
                 optimizers=self.job.optimizers,
-                state={"step": step, "watch": self.job.watch.state(), **self._loader_state()},
+                state=state,
                 token_ids={
                     "bos_token_id": tokenizer.bos_id,
                     "eos_token_id": tokenizer.eos_id,
                     "pad_token_id": tokenizer.pad_id,
                 },
                 tensors=tensors,
+                weights=weights,
             )
         run.set_latest(self.stage, step)
         drop_old_checkpoints(run, self.stage, self.job.save_every)
@@ -155,11 +185,13 @@ class TrainedStage:
 
     def restore(self) -> int | None:
         """Weights and optimizers of this stage's newest checkpoint; None if it has none yet."""
+        self.saver.wait()
+        self.ctx.world.wait()  # every rank then sees the same newest one
         latest = self.ctx.run.latest_checkpoint(self.stage)
         if latest is None:
             return None
         checkpoint.verify(latest)
-        self.job.model.load_state_dict(Transformer.load(latest).state_dict())
+        self.job.model.load_weights(latest)
         self.job.optimizers.forget()
         checkpoint.read_optimizers(latest, self.job.optimizers)
         return checkpoint.read_state(latest)["step"]
@@ -168,6 +200,7 @@ class TrainedStage:
         keys = (
             "base.matrix_lr and base.embed_lr" if self.stage == "base" else f"{self.stage}.lr_scale"
         )
+        self.saver.wait()
         latest = self.ctx.run.latest_checkpoint(self.stage)
         kept = f"; {latest.name} is kept until then" if latest is not None else ""
         return UserError(
@@ -180,8 +213,16 @@ class TrainedStage:
     def __enter__(self) -> TrainedStage:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.metrics.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None or issubclass(kind, Interrupted):
+                self.saver.wait()
+                self.ctx.world.wait()  # a rank that ended now would have the leader ended, too
+            elif not issubclass(kind, KeyboardInterrupt):
+                with contextlib.suppress(Exception):  # the first error says more
+                    self.saver.wait()
+        finally:
+            self.metrics.close()
 
 
 def machine_speed(run: Run) -> Speed | None:

@@ -32,11 +32,12 @@ def write(
     state: dict[str, Any],
     token_ids: dict[str, int],
     tensors: dict[str, Tensor] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes model files and training state into `folder`, then SHA256SUMS over all that it holds
     (the tokenizer's files are the caller's, before). `tensors`: the optimizers' state where several
-    ranks had to gather it together."""
-    save_model(model, folder, token_ids=token_ids)
+    ranks had to gather it together; `weights`: copies, where training goes on meanwhile."""
+    save_model(model, folder, token_ids=token_ids, weights=weights)
     train_state = folder / STATE_FOLDER
     train_state.mkdir()
     tensors = optimizers.state_tensors() if tensors is None else tensors

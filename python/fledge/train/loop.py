@@ -5,7 +5,8 @@ when to stop) comes in as `Hooks`, so that the loop knows neither runs nor tasks
 shared with `train.rl`. The loss is normalised by the trained tokens of the whole global batch, so
 it does not depend on how the batch is split into micro-steps. A batch with nothing to train on is
 skipped and counted, so is one whose loss is not finite or far too high (`train.watch`); a pass that
-does not fit into memory is made again in halves.
+does not fit into memory is made again in halves, one whose gradients are too large for float16 at
+half the scale (`train.loss_scale`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fledge.errors import Interrupted, UserError
 from fledge.model import Transformer
 from fledge.optim.groups import Optimizers
 from fledge.optim.schedule import Schedule
+from fledge.train.loss_scale import LossScale
 from fledge.train.metrics import Row, Speed, timing
 from fledge.train.watch import LossWatch, Verdict
 
@@ -76,6 +78,27 @@ class Job:
     watch: LossWatch = field(default_factory=LossWatch)
     speed: Speed | None = None
     world: World = field(default_factory=World)
+    scale: LossScale = field(default_factory=LossScale)
+
+    def finish_gradients(self, loss: float, trained: int, step: int) -> tuple[float, float] | None:
+        """(loss, gradient norm) of a step over all ranks, after its passes; None: make them again.
+
+        `loss` is this rank's part, `trained` the tokens of the whole step. The gradients are then
+        those of the loss itself, of whatever scale it was multiplied by.
+        """
+        loss, norm = self.world.sum_number(loss, self.model.cos.device), 0.0
+        if trained:
+            self.optimizers.reduce_gradients()
+            self.optimizers.scale_gradients(1.0 / self.scale.value)
+            norm = self.optimizers.gradient_norm()
+        if self.scale.overflowed(loss, norm):
+            self.optimizers.zero_grad()
+            self.hooks.note(
+                f"step {step}: gradients beyond float16; again with a loss scale of "
+                f"{self.scale.value:,.0f}"
+            )
+            return None
+        return loss, norm
 
     def end_step(self, row: Row) -> None:
         """Measures, logs and saves when it is time; Interrupted, all saved, if asked to stop.
@@ -112,15 +135,15 @@ def train(
         job.optimizers.follow(job.schedule, step)
         ids, mask = map(torch.from_numpy, loader.batch(rows_per_step))
         waited = time.perf_counter() - began
-        loss, trained, size = accumulate_within_memory(job, ids, mask, size)
-        loss = job.world.sum_number(loss, model.cos.device)
-        norm = 0.0
-        if trained:
-            job.optimizers.reduce_gradients()
-            norm = job.optimizers.gradient_norm()
+        found = None
+        while found is None:
+            loss, trained, size = accumulate_within_memory(job, ids, mask, size)
+            found = job.finish_gradients(loss, trained, step + 1)
+        loss, norm = found
         learns = trained > 0 and job.watch.judge(loss, norm) is Verdict.GOOD
         if learns:
             job.optimizers.step()
+            job.scale.good_step()
         else:
             job.optimizers.zero_grad()
         tokens = ids[:, 1:].numel()
@@ -141,6 +164,8 @@ def train(
         }
         if not learns:
             row["skipped"] = 1
+        if job.scale.dynamic:
+            row["loss_scale"] = job.scale.value
         recover(job, row)
         job.end_step(row)
 
@@ -180,12 +205,13 @@ def accumulate(
     device_batch_size: int,
     *,
     share: slice = slice(None),
+    scale: float = 1.0,
 ) -> tuple[float, int]:
-    """Gradients of the mean loss over the trained tokens; returns (loss in nats, tokens).
+    """Gradients of `scale` x the mean loss over the trained tokens; returns (loss, tokens).
 
     ids and mask are [rows, T + 1]; mask 1 marks the tokens that are trained on. The rows need not
     be a multiple of device_batch_size: every token has the same weight whatever the split. `share`
-    is the rows that this rank computes; its loss is then its part of the mean.
+    is the rows that this rank computes; its loss, in nats, is then its part of the mean.
     """
     weights = mask[:, 1:].to(model.dtype)
     tokens = int(mask[:, 1:].sum())
@@ -193,12 +219,12 @@ def accumulate(
         return 0.0, 0
     device = model.cos.device
     total = 0.0
-    ids, shares = ids[share], (weights / tokens)[share]
+    ids, shares = ids[share], (weights / tokens)[share] * scale
     for at in range(0, ids.shape[0], device_batch_size):
         rows = ids[at : at + device_batch_size].to(device)
         part = shares[at : at + device_batch_size].to(device)
         total += model.add_gradients(rows[:, :-1], rows[:, 1:], part)
-    return total, tokens
+    return total / scale, tokens
 
 
 def accumulate_within_memory(
@@ -212,7 +238,8 @@ def accumulate_within_memory(
     while True:
         try:
             share = job.world.share(ids.shape[0])
-            return *accumulate(job.model, ids, mask, size, share=share), size
+            scale = job.scale.value
+            return *accumulate(job.model, ids, mask, size, share=share, scale=scale), size
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -177,8 +177,10 @@ def policy_gradient(
     rollouts: Sequence[Rollout],
     config: RlConfig,
     counts: tuple[int, int] | None = None,
+    *,
+    scale: float = 1.0,
 ) -> Totals:
-    """Adds the gradients of the step's loss.
+    """Adds the gradients of `scale` x the step's loss.
 
     Rows that cannot contribute are left out of the passes, but count in the divisors: the result
     does not depend on the micro-batch split. `counts` is the whole step's where this is a part.
@@ -194,12 +196,16 @@ def policy_gradient(
     while rows:
         count = max(1, MICRO_TOKENS // len(rows[0][0].ids))
         micro, rows = rows[:count], rows[count:]
-        _micro_gradient(model, micro, config, totals)
+        _micro_gradient(model, micro, config, totals, scale)
     return totals
 
 
 def _micro_gradient(
-    model: Transformer, micro: list[tuple[Rollout, float]], config: RlConfig, totals: Totals
+    model: Transformer,
+    micro: list[tuple[Rollout, float]],
+    config: RlConfig,
+    totals: Totals,
+    scale: float,
 ) -> None:
     rollouts = [rollout for rollout, _ in micro]
     lengths, device = [r.tokens for r in rollouts], model.cos.device
@@ -232,7 +238,7 @@ def _micro_gradient(
         totals.held += int(held.sum())
         totals.log_ratio += apart.sum().item()
         totals.largest_log_ratio = max(totals.largest_log_ratio, apart.max().item())
-        return torch.autograd.grad(loss, logprobs)[0]
+        return torch.autograd.grad(loss * scale, logprobs)[0]
 
     ids, targets, trained = padded(rollouts, device)
     model.add_policy_gradients(ids, targets, trained, slopes, temperature=config.temperature)
@@ -373,7 +379,7 @@ def train_rl(
         if config.kl_beta:
             assert reference is not None
             add_reference(reference, batch.learnt, config.temperature)
-        row: Row = {"step": step + 1, **_update(job, batch, config, engine)}
+        row: Row = {"step": step + 1, **_update(job, batch, config, engine, step + 1)}
         row |= sampling_row(job, batch, config.reward_names)
         seconds = time.perf_counter() - began
         row |= {
@@ -389,7 +395,7 @@ def train_rl(
         job.end_step(row)
 
 
-def _update(job: Job, batch: Batch, config: RlConfig, engine: Engine) -> Row:
+def _update(job: Job, batch: Batch, config: RlConfig, engine: Engine, step: int) -> Row:
     """The optimizer steps of one batch of rollouts, and what was seen on the way."""
     world, device = job.world, job.model.cos.device
     counts = (
@@ -398,18 +404,20 @@ def _update(job: Job, batch: Batch, config: RlConfig, engine: Engine) -> Row:
     )
     row: Row = {"policy_loss": 0.0, "gradient_norm": 0.0, "trained_tokens": 0}
     for update in range(config.updates_per_batch):
-        totals = policy_gradient(job.model, batch.learnt, config, counts)
-        tokens = round(world.sum_number(totals.tokens, device))
+        found = None
+        while found is None:
+            totals = policy_gradient(job.model, batch.learnt, config, counts, scale=job.scale.value)
+            tokens = round(world.sum_number(totals.tokens, device))
+            found = job.finish_gradients(totals.loss, tokens, step)
         if not tokens:
             break  # no group has an advantage: nothing to learn, and nothing to skip
-        loss = world.sum_number(totals.loss, device)
-        job.optimizers.reduce_gradients()
-        norm = job.optimizers.gradient_norm()
+        loss, norm = found
         # a policy's loss has no level of its own: only its being finite is judged
         finite = math.isfinite(loss)
         good = job.watch.judge(0.0 if finite else loss, norm) is Verdict.GOOD
         if good:
             job.optimizers.step()
+            job.scale.good_step()
             engine.weights_changed()
         else:
             job.optimizers.zero_grad()
