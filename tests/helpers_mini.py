@@ -61,6 +61,7 @@ dialogues = 4
 
 [hardware]
 threads = 1
+dtype = "float32"
 """
 """20, 8, 4 and 2 steps; no save_every divides the 20, so the last checkpoint is off the beat."""
 

@@ -325,9 +325,12 @@ class HardwareSection:
     """cpu, cuda or mps; absent = the best there is."""
     threads: int | None = execution(None)
     """CPU threads; absent = all cores."""
-    dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = execution(None)
-    """What products are computed in (weights and optimizer state are float32 always); absent =
-    float32 on a CPU, bfloat16 on GPUs that have it, float16 on older ones."""
+    dtype: Literal["float32", "bfloat16", "float16", "fp8", "bfloat16_products"] | None = execution(
+        None
+    )
+    """What products are computed in (weights and optimizer state are float32 always);
+    bfloat16_products rounds only what is multiplied. Absent = bfloat16 on GPUs that have it,
+    float16 on older ones, bfloat16_products on CPUs that are faster so, else float32."""
     checkpoint_activations: bool | None = execution(None)
     """Keep only the input of each layer and compute the rest again in the backward pass: a third
     more time for much less memory, the same numbers; absent = where not one row fits without."""

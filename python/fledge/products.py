@@ -1,9 +1,11 @@
-"""Float32 matrix products of training, through oneDNN where MKL is slow.
+"""Matrix products of training on a CPU: float32 through oneDNN where MKL is slow, or rounded.
 
 torch multiplies float32 matrices on x86 through MKL, which leaves the AVX-512 of AMD's processors
 unused; oneDNN, which torch brings as well, does not (docs/log.md: 1.5 to 2.3 times as fast on a
 Zen 5). The choice depends on the processor alone, so that two processes on one machine make the
-same bits. Used by `model` (the linear layers and the loss) and by Muon; knows neither.
+same bits. `rounded_linear` multiplies bfloat16 copies of float32 matrices and sums in float32:
+again twice as fast where the processor has instructions for it. Used by `model` (the linear layers
+and the loss) and by Muon; knows neither.
 """
 
 from __future__ import annotations
@@ -89,4 +91,34 @@ class _Product(torch.autograd.Function):
             grad_x = product(rows, weight.T).view_as(x)
         if ctx.needs_input_grad[1]:
             grad_weight = product(rows.T, x.flatten(0, -2).T)
+        return grad_x, grad_weight
+
+
+def rounded_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of float32 x [..., in] and W [out, in], both rounded to bfloat16; float32 comes out.
+
+    The gradients' products are rounded likewise. Differentiable.
+    """
+    return _RoundedProduct.apply(x, weight)  # type: ignore[return-value]
+
+
+class _RoundedProduct(torch.autograd.Function):
+    """Keeps the bfloat16 copies for the backward pass: half the memory of what was rounded."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        rows, small = x.flatten(0, -2).bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(rows, small)
+        return (rows @ small.T).to(x.dtype).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        rows, small = ctx.saved_tensors
+        slopes = upstream.flatten(0, -2).bfloat16()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (slopes @ small).to(upstream.dtype)
+            grad_x = grad_x.view(*upstream.shape[:-1], small.shape[1])
+        if ctx.needs_input_grad[1]:
+            grad_weight = (slopes.T @ rows).to(upstream.dtype)
         return grad_x, grad_weight

@@ -7,6 +7,7 @@ from fledge.errors import UserError
 from fledge.model import Transformer, fp8, loss, precision
 from fledge.model.extras import ReluSquared
 from fledge.model.layers import Linear, rms_norm, rotary_table, rotate
+from fledge.products import rounded_linear
 from tests.model.test_extras import ALL, speedrun
 from tests.model.test_transformer import CONFIG, random_model
 
@@ -59,6 +60,35 @@ def test_the_stream_is_in_16_bits_and_logits_are_not(kind):
     assert losses.dtype == torch.float32
     model.compute_in("float32")
     assert model.hidden(IDS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_rounded_products_leave_the_stream_and_evaluation_alone(kind):
+    plain, rounded = MAKERS[kind](), MAKERS[kind]().compute_in("bfloat16_products")
+    expected, right = gradients(plain)
+    found, ours = gradients(rounded)
+    assert found == pytest.approx(expected, rel=2e-3) and found != expected
+    for key, gradient in ours.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - right[key]).norm() < NEAR["bfloat16"] * right[key].norm(), key
+    assert not any(torch.equal(ours[k], right[k]) for k in ours if "proj" in k)
+    assert rounded.hidden(IDS).dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(rounded(IDS), plain(IDS))
+
+
+def test_a_rounded_product_is_that_of_rounded_matrices():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 5, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(6, 8, generator=generator, requires_grad=True)
+    y = rounded_linear(x, weight)
+    (y * torch.arange(6.0)).sum().backward()
+    near, small = x.detach().bfloat16().float(), weight.detach().bfloat16().float()
+    torch.testing.assert_close(y, near @ small.T, rtol=2**-7, atol=1e-2)
+    slope = torch.arange(6.0).expand(2, 5, 6)
+    torch.testing.assert_close(x.grad, slope @ small, rtol=2**-7, atol=1e-2)
+    expected = slope.flatten(0, 1).T @ near.flatten(0, 1)
+    torch.testing.assert_close(weight.grad, expected, rtol=2**-7, atol=1e-2)
 
 
 def test_norm_and_rotation_round_once():

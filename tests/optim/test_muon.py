@@ -25,11 +25,13 @@ RATES = LearningRates(0.02, 0.1, 0.01, 0.01, 0.1)
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
 @pytest.mark.parametrize("condition", [1.0, 10.0, 100.0])
-def test_orthogonalize_is_close_to_the_polar_factor(shape, condition):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_orthogonalize_is_close_to_the_polar_factor(shape, condition, dtype):
     generator = torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     singular = torch.logspace(0, -torch.log10(torch.tensor(condition)), u.shape[1])
-    result = orthogonalize((u * singular) @ vh)
+    result = orthogonalize((u * singular) @ vh, dtype)
+    assert result.dtype == torch.float32
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.7 and values.max() < 1.2
     polar = u @ vh

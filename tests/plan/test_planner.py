@@ -312,6 +312,37 @@ def test_detection_works_here_and_reads_machine_json(monkeypatch: pytest.MonkeyP
         (home / "machine.json").unlink()
 
 
+@pytest.mark.parametrize(
+    ("vendor", "flags", "dtype"),
+    [
+        ("AuthenticAMD", "avx512f avx512_bf16", "bfloat16_products"),
+        ("AuthenticAMD", "avx512f", "float32"),
+        ("GenuineIntel", "avx512f avx512_bf16", "float32"),
+    ],
+)
+def test_what_a_cpu_trains_in(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, dtype: str
+) -> None:
+    cpuinfo = f"vendor_id : {vendor}\nflags : fpu {flags} avx2\n"
+    read = hardware._read
+    monkeypatch.setattr(hardware, "_read", lambda p: cpuinfo if p == "/proc/cpuinfo" else read(p))
+    monkeypatch.setattr(hardware, "nvidia_gpus", list)
+    monkeypatch.setattr(hardware.platform, "system", lambda: "Linux")
+    machine = hardware.detect()
+    assert machine.dtype == dtype
+    plan = resolve(real(4), machine)
+    assert plan.values["hardware.dtype"] == dtype
+    # rows per pass as in float32: activations are kept in it
+    assert (
+        plan.values["base.device_batch_size"]
+        == (
+            resolve(real(4), dataclasses.replace(machine, dtype="float32")).values[
+                "base.device_batch_size"
+            ]
+        )
+    )
+
+
 @pytest.mark.parametrize(("capability", "dtype"), [("7.5", "float16"), ("8.6", "bfloat16")])
 def test_the_dtype_of_a_gpu_that_the_table_lacks(
     monkeypatch: pytest.MonkeyPatch, capability: str, dtype: str

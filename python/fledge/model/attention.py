@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge.config import ModelConfig
+from fledge.model.cpu_attention import rounded_attend, takes
 from fledge.model.kv_cache import AttentionView
 from fledge.model.layers import Linear, RMSNorm, rotate
 
@@ -63,9 +64,15 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
+    def rounds(self, q: Tensor) -> bool:
+        """Whether attention's products are rounded like those of the layers."""
+        return self.q_proj.rounds() and q.device.type == "cpu" and takes(q)
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView | None) -> Tensor:
         """What attention adds to the stream [B, T, D]; with a view, cached tokens are seen too."""
-        if view is None:
+        if view is None and self.rounds(q):
+            y = rounded_attend(q, k, v, 1.0 / math.sqrt(self.head_dim), None).transpose(1, 2)
+        elif view is None:
             y = attend(q, k, v, None).transpose(1, 2)
         else:
             y = view.attend(self.layer, q, k, v)  # [B, T, H, K]

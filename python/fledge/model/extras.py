@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fledge.config import ModelConfig
 from fledge.model.attention import Attention
+from fledge.model.cpu_attention import rounded_attend
 from fledge.model.kv_cache import AttentionView
 from fledge.model.layers import (
     Embedding,
@@ -107,8 +108,9 @@ class ReluSquared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.up_proj.fp8:  # 8-bit copies are what is kept then
             return self.down_proj(F.relu(self.up_proj(x)).square())
-        up, down = self.up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype)
-        return _ReluSquaredPass.apply(x, up, down)  # type: ignore
+        dtype = torch.bfloat16 if self.up_proj.rounds() else x.dtype
+        up, down = self.up_proj.weight.to(dtype), self.down_proj.weight.to(dtype)
+        return _ReluSquaredPass.apply(x.to(dtype), up, down).to(x.dtype)  # type: ignore
 
 
 class _Gate(Linear):
@@ -156,6 +158,8 @@ class SpeedrunAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, H, T, K] of whole rows: causal, inside the window."""
         tokens, mask = q.shape[2], None
+        if self.rounds(q):
+            return rounded_attend(q, k, v, self.scale, self.window)
         if self.window is not None and tokens > self.window:
             mask = window_mask(tokens, self.window, q.device)
         return F.scaled_dot_product_attention(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fledge.model.fp8 import fp8_linear, takes_fp8
-from fledge.products import linear
+from fledge.products import linear, rounded_linear
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -93,10 +93,10 @@ class Linear(nn.Linear):
 
     The weight is rounded to what the input is in, anew in every pass: a copy that is kept would
     have to follow every step of the optimizer. With `fp8` the product, and those of its gradients,
-    are made of 8-bit numbers while gradients are wanted.
+    are made of 8-bit numbers while gradients are wanted; with `rounded` of bfloat16 ones.
     """
 
-    fp8 = False
+    fp8 = rounded = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -104,9 +104,15 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: `Transformer.initialize` or a file fills the weight."""
 
+    def rounds(self) -> bool:
+        """Whether what is multiplied now is rounded to bfloat16."""
+        return self.rounded and torch.is_grad_enabled()
+
     def forward(self, input: Tensor) -> Tensor:
         if self.fp8 and torch.is_grad_enabled() and takes_fp8(input):
             return fp8_linear(input, self.weight)
+        if self.rounds():
+            return rounded_linear(input, self.weight)
         return linear(input, self.weight.to(input.dtype))
 
 

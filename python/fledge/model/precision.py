@@ -1,11 +1,13 @@
-"""In which numbers a network computes: float32, bfloat16, float16 or fp8, said once and openly.
+"""In which numbers a network computes: float32, bfloat16, float16, fp8, said once and openly.
 
 Weights, gradients and optimizer state are float32 whatever is said here, and so are the softmax,
 the loss and the sums inside norms and products. What changes is the stream through the blocks and
 the inputs of every matrix product: the embeddings hand out 16-bit rows (`layers.Embedding.compute`)
 and each layer follows its input. No autocast: torch would choose for every operation by a list, and
-what a layer computes in could not be read where it stands (docs/decisions/042). With fp8 the large
-linear layers' products are 8-bit ones while gradients are wanted; all else is bfloat16.
+what a layer computes in could not be read where it stands (docs/decisions/043). With fp8 the large
+linear layers' products are 8-bit ones while gradients are wanted; all else is bfloat16. With
+bfloat16_products, made for CPUs, the stream stays float32 and only what is multiplied is rounded,
+while gradients are wanted: evaluation is float32's.
 
 Called by `Transformer.compute_in`. float16 needs a loss scale (`train.loss_scale`).
 """
@@ -24,8 +26,12 @@ STREAM: dict[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "fp8": torch.bfloat16,
+    "bfloat16_products": None,
 }
 """Name -> what the stream is in; None = what the weights are in."""
+
+PRODUCTS: dict[str, torch.dtype | None] = STREAM | {"bfloat16_products": torch.bfloat16}
+"""Name -> what the loss and Muon multiply; None = what the weights are in."""
 
 
 def set_precision(model: nn.Module, name: str) -> None:
@@ -37,6 +43,7 @@ def set_precision(model: nn.Module, name: str) -> None:
         if isinstance(module, Embedding):
             module.compute = stream
         if isinstance(module, Linear):
+            module.rounded = name == "bfloat16_products"
             module.fp8 = name == "fp8" and worth_fp8(module.in_features, module.out_features)
 
 

@@ -36,7 +36,7 @@ from fledge.model.loss import (
     linear_cross_entropy,
     token_logprobs,
 )
-from fledge.model.precision import set_precision
+from fledge.model.precision import PRODUCTS, set_precision
 
 
 class Block(nn.Module):
@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
         cos, sin = (part.to(self.lm_head.weight.device) for part in table)
         self.workspace = Workspace()
+        self.product_dtype: torch.dtype | None = None  # of the head's and Muon's products
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         if seed is not None:
@@ -160,8 +161,9 @@ class Transformer(nn.Module):
     def add_gradients(self, ids: Tensor, targets: Tensor, weights: Tensor) -> float:
         """The same sum, its gradients added to every parameter's `grad`: a training step's pass."""
         self._make_gradients()
+        x = self.hidden(ids).flatten(0, 1)
         total = add_loss_gradients(
-            self.hidden(ids).flatten(0, 1),
+            x if self.product_dtype is None else x.to(self.product_dtype),
             self.lm_head.weight,
             targets.flatten(),
             weights.flatten(),
@@ -225,11 +227,12 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.compute or self.dtype
 
     def compute_in(self, name: str, *, checkpoint_activations: bool = False) -> Transformer:
-        """From now on computes in float32, bfloat16, float16 or fp8; the weights stay. Self.
+        """From now on computes in one of `precision.STREAM`; the weights stay. Self.
 
         checkpoint_activations: training keeps only each layer's input and computes the rest again.
         """
         set_precision(self, name)
+        self.product_dtype = PRODUCTS[name]
         self.model.checkpoint_activations = checkpoint_activations
         return self
 

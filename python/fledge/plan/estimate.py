@@ -108,7 +108,7 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
     memory = training_memory(
         model,
         rows,
-        bytes_per_value=4 if dtype == "float32" else 2,
+        bytes_per_value=4 if dtype in ("float32", "bfloat16_products") else 2,
         checkpoint_activations=again,
     )
     return {

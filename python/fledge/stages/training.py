@@ -66,6 +66,8 @@ class TrainedStage:
             checkpoint.verify(source)
             model = Transformer.load(source, device=ctx.device)
         dtype: str = ctx.world.tell(ctx.recipe.hardware.dtype) or "float32"  # one for all ranks
+        if stage == "rl" and dtype == "bfloat16_products":
+            dtype = "float32"  # what the sampler computes in: its log-probabilities are compared
         again = ctx.recipe.hardware.checkpoint_activations or False
         model.compute_in(dtype, checkpoint_activations=again)
         if dtype != "float32":
