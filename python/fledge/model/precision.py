@@ -4,7 +4,7 @@ Weights, gradients and optimizer state are float32 whatever is said here, and so
 the loss and the sums inside norms and products. What changes is the stream through the blocks and
 the inputs of every matrix product: the embeddings hand out 16-bit rows (`layers.Embedding.compute`)
 and each layer follows its input. No autocast: torch would choose for every operation by a list, and
-what a layer computes in could not be read where it stands (docs/decisions/042). With fp8 the large
+what a layer computes in could not be read where it stands (docs/decisions/043). With fp8 the large
 linear layers' products are 8-bit ones while gradients are wanted; all else is bfloat16.
 
 Called by `Transformer.compute_in`. float16 needs a loss scale (`train.loss_scale`).
