@@ -99,6 +99,12 @@ def kind_of(name: str, parameter: Tensor) -> str:
     return "norm"
 
 
+def _products(model: nn.Module) -> torch.dtype | None:
+    """What Muon multiplies in: 16 bits where the network does, in float32 a GPU is slow."""
+    dtype = getattr(model, "compute_dtype", torch.float32)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
 class Optimizers:
     """Muon and AdamW over one model, stepped together."""
 
@@ -114,6 +120,7 @@ class Optimizers:
             lr=rates.matrix_lr,
             weight_decay=rates.weight_decay,
             beta2=rates.row_variance,
+            products=_products(model),
         )
         self.adamw = AdamW(
             [
