@@ -6,6 +6,13 @@ One run is left alone and timed; each of the others is killed at a random share 
 run again to its end. Every artefact must then equal, byte for byte, that of the run left alone, but
 for what depends on the clock (`tests.helpers_mini.artefacts` names it). The table of results goes
 to benchmarks/kill_resume.md. `--recipe mini` is the recipe of the tests, of a few seconds.
+
+    .venv/bin/python benchmarks/kill_resume.py --saving 50
+
+kills one run of `mini`, which saves after every step of base, 50 times inside a save, half of the
+time with checkpoints written in the background. After every kill the checkpoint that LATEST names
+must verify and load, weights and optimizers; at the end the run must hold the files of one that was
+left alone. Results: benchmarks/kill_saving.md.
 """
 
 from __future__ import annotations
@@ -26,11 +33,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
+from tests.faults.killing import kill_in_save, loads  # noqa: E402
 from tests.helpers_mini import artefacts, command, differences, environment, write_recipe  # noqa: E402
 
 from fledge.config import STAGES  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".md")
+SAVING_RESULTS = RESULTS.with_name("kill_saving.md")
+SAVING_STEPS = 150
+LONGEST_DELAY = 0.05  # seconds after a save has begun; one of `mini` takes about as long
 MOST_TRIES = 5  # a run that ended before its kill is tried again with an earlier moment
 
 
@@ -140,6 +151,62 @@ def page(args: argparse.Namespace, alone: float, count: int, kills: list[Kill]) 
     return "\n".join(lines) + "\n"
 
 
+@dataclass
+class SavingKill:
+    """One kill inside a save."""
+
+    saving: str  # the temporary folder that it left
+    behind: bool
+    loaded: int  # the step of the checkpoint that then loaded
+
+
+def kill_in_saves(kills: int, seed: int, folder: Path) -> tuple[list[SavingKill], int, list[str]]:
+    """(the kills, how many missed a save, files that differ from those of a run left alone)."""
+    recipe = write_recipe(folder)
+    words: list[object] = ["run", recipe, "--until", "base", "--base.save-every", 1]
+    words += ["--base.tokens", 512 * SAVING_STEPS]
+    whole_run([*words, "--out", folder / "alone"])
+    out, dice = folder / "killed", random.Random(seed)
+    found: list[SavingKill] = []
+    missed = 0
+    while len(found) < kills:
+        behind = bool(len(found) % 2)
+        flags = ("--out", out, "--hardware.async-checkpoints", behind)
+        first = not (out / "base" / "LATEST").exists()  # one must be whole before it counts
+        nth, delay = dice.randint(2 if first else 1, 3), dice.uniform(0, LONGEST_DELAY)
+        inside = kill_in_save(out / "base" / "checkpoints", nth, delay, *words, *flags)
+        if inside is None:
+            raise SystemExit(f"the run was over after {len(found)} kills: raise SAVING_STEPS")
+        step = loads(out, "base")
+        missed += not inside
+        if inside:
+            found.append(SavingKill(inside, behind, step))
+            print(f"kill {len(found)} in {inside}: step {step} loads", flush=True)
+    whole_run([*words, "--out", out])
+    expected, ours = artefacts(folder / "alone"), artefacts(out)
+    # recipe.toml, resolved.json and the report say how checkpoints were written
+    different = [n for n in differences(expected, ours) if n.partition("/")[0] in STAGES]
+    return found, missed, different
+
+
+def saving_page(args: argparse.Namespace, found: tuple[list[SavingKill], int, list[str]]) -> str:
+    """The results of kills inside saves as Markdown."""
+    kills, missed, different = found
+    steps = ", ".join(f"{kill.saving} ({kill.loaded})" for kill in kills)
+    return (
+        "# kill -9 inside a save\n\n"
+        f"`python benchmarks/kill_resume.py --saving {args.saving} --seed {args.seed}` on "
+        f"{os.cpu_count()} cores ({platform.machine()}), {time.strftime('%Y-%m-%d')}.\n\n"
+        f"One run of {SAVING_STEPS} steps, a checkpoint after each, killed {len(kills)} times "
+        f"inside a save ({sum(k.behind for k in kills)} of them while a thread wrote it; {missed} "
+        "further kills fell between two saves). After every kill the checkpoint of LATEST was "
+        "verified by its sums and loaded, weights and optimizers. Run to its end, it differed from "
+        f"a run left alone in **{len(different)} files**{': ' if different else ''}"
+        f"{', '.join(different)}.\n\n"
+        f"What was being written, and the step that then loaded: {steps}.\n"
+    )
+
+
 def main() -> int:
     """Measure, write the page; exit code 1 if any file differed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -147,7 +214,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the page to write")
+    parser.add_argument("--saving", type=int, default=0, help="kill so often inside a save instead")
     args = parser.parse_args()
+    if args.saving:
+        with tempfile.TemporaryDirectory() as folder:
+            found = kill_in_saves(args.saving, args.seed, Path(folder))
+        SAVING_RESULTS.write_text(saving_page(args, found), encoding="utf-8")
+        return 1 if found[2] else 0
     with tempfile.TemporaryDirectory() as folder:
         alone, expected, kills = measure(args.recipe, args.kills, args.seed, Path(folder))
     args.results.write_text(page(args, alone, len(expected), kills), encoding="utf-8")

@@ -336,7 +336,7 @@ class HardwareSection:
     more time for much less memory, the same numbers; absent = where not one row fits without."""
     async_checkpoints: bool | None = execution(None)
     """Write checkpoints in the background while training goes on, from a copy in memory; absent =
-    on GPUs, not on a CPU, whose cores training needs."""
+    on GPUs; on a CPU the second copy costs more memory than the half second it saves is worth."""
     target: str | None = execution(None)
     """What the recipe was made for, as in --hardware 8xh100; only `--rehearse` reads it, to say
     what the whole run will take there."""

@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fledge.model import Transformer
+from fledge.optim.groups import LearningRates, Optimizers
+from fledge.train import checkpoint
 from tests.helpers_mini import command, environment
 
 PATIENCE_SECONDS = 600  # the machine may be busy; the work itself takes seconds
@@ -87,3 +90,52 @@ def rows(path: Path) -> int:
 def names_of(pattern: str, folder: Path) -> list[str]:
     """Files below a folder whose name matches; for asserting that no half of one is left."""
     return [p.name for p in folder.rglob("*") if re.search(pattern, p.name)]
+
+
+def kill_in_save(checkpoints: Path, nth: int, delay: float, *words: object) -> str | None:
+    """Start `fledge WORDS` and kill it `delay` seconds after the nth temporary folder has come.
+
+    Returns the folder's name if the run died inside the save, "" if between two, None if it was
+    over before.
+    """
+    process = subprocess.Popen(
+        command(*words),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    before = {path.name for path in checkpoints.glob("*.tmp")}  # what the kill before left
+    come: list[str] = []
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    try:
+        while len(come) < nth:
+            now = {path.name for path in checkpoints.glob("*.tmp")}
+            come += sorted(now - before)
+            before = now
+            if process.poll() is not None:
+                return None
+            assert time.monotonic() < deadline, f"no save of fledge {words}"
+        until = time.monotonic() + delay
+        while time.monotonic() < until:
+            pass  # a sleep is as coarse as a save is long
+        process.send_signal(signal.SIGKILL)
+        if process.wait(PATIENCE_SECONDS) != -signal.SIGKILL:
+            return None
+        left = sorted(path.name for path in checkpoints.glob("*.tmp"))
+        return left[0] if left else ""
+    finally:
+        process.kill()
+        process.wait()
+
+
+def loads(run: Path, stage: str) -> int:
+    """The step of the checkpoint that LATEST names, after all of it was verified and loaded."""
+    latest = run / stage / "checkpoints" / (run / stage / "LATEST").read_text().strip()
+    checkpoint.verify(latest)
+    model = Transformer.load(latest)
+    state = checkpoint.read_state(latest)
+    assert checkpoint.read_optimizers(
+        latest, Optimizers(model, LearningRates(0.1, 0.1, 0.1, 0.1, 0))
+    )
+    assert latest.name == f"step_{state['step']:06d}"
+    return state["step"]

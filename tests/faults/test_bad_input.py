@@ -419,6 +419,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         flip,
         "optimizer-00001-of-1.safetensors changed",
     ),
+    "no file of a rank": (
+        f"{LAST}train_state/optimizer-00001-of-1.safetensors",
+        Path.unlink,
+        "optimizer-00001-of-1.safetensors is missing",
+    ),
     "another config": (f"{LAST}config.json", write("{}"), "config.json changed"),
     "no sums": (f"{LAST}train_state/SHA256SUMS", Path.unlink, "SHA256SUMS is missing"),
     "empty sums": (f"{LAST}train_state/SHA256SUMS", write(""), "does not name model.safetensors"),

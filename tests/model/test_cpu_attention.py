@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fledge.model import cpu_attention
-from fledge.model.attention import naive_attend
+from fledge.model.attention import naive_attend, window_mask
 from fledge.model.cpu_attention import rounded_attend
-from fledge.model.extras import window_mask
 from tests.model.test_transformer import random_model
 
 

@@ -138,6 +138,8 @@ def test_an_extra_equals_its_formula_and_changes_the_logits(name):
 
 def test_relu_squared_has_the_gradients_of_autograd():
     layer = extras.ReluSquared(6, 10).double()
+    for part in (layer.up_proj, layer.down_proj):
+        torch.nn.init.normal_(part.weight)
     x = torch.randn(2, 3, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     inputs = (x.requires_grad_(), layer.up_proj.weight, layer.down_proj.weight)
 

@@ -25,18 +25,34 @@ RATES = LearningRates(0.02, 0.1, 0.01, 0.01, 0.1)
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
 @pytest.mark.parametrize("condition", [1.0, 10.0, 100.0])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_orthogonalize_is_close_to_the_polar_factor(shape, condition, dtype):
+@pytest.mark.parametrize("products", [None, torch.bfloat16, torch.float16])
+def test_orthogonalize_is_close_to_the_polar_factor(shape, condition, products):
     generator = torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     singular = torch.logspace(0, -torch.log10(torch.tensor(condition)), u.shape[1])
-    result = orthogonalize((u * singular) @ vh, dtype)
+    result = orthogonalize((u * singular) @ vh, products=products)
     assert result.dtype == torch.float32
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.7 and values.max() < 1.2
     polar = u @ vh
     cosine = (result * polar).sum() / (result.norm() * polar.norm())
     assert cosine > 0.99
+
+
+def test_small_gradients_are_not_lost_in_16_bits():
+    gradient = 1e-5 * torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    whole = orthogonalize(gradient)
+    for products in (torch.bfloat16, torch.float16):
+        half = orthogonalize(gradient, products=products)
+        cosine = (half * whole).sum() / (half.norm() * whole.norm())
+        assert cosine > 0.999 and not torch.equal(half, whole)
+
+
+def test_muon_multiplies_in_what_the_network_does():
+    for dtype, products in (("float32", None), ("fp8", torch.bfloat16), ("float16", torch.float16)):
+        model = Transformer(CONFIG, seed=0).compute_in(dtype)
+        assert Optimizers(model, RATES).muon.products == products
+    assert Optimizers(Transformer(CONFIG, seed=0).double(), RATES).muon.products is None
 
 
 def test_a_stack_of_matrices_is_orthogonalised_matrix_by_matrix():

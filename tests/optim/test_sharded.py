@@ -15,14 +15,20 @@ from tests.optim.ranks import go
 
 
 def ranks(
-    folder, size: int, steps: int, first: int = 0, resume=None, module="tests.optim.ranks"
+    folder,
+    size: int,
+    steps: int,
+    first: int = 0,
+    resume=None,
+    module="tests.optim.ranks",
+    dtype="float64",
 ) -> list[dict]:
     """Runs `ranks.py` (or another) in `size` processes that meet by torchrun's contract."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", module, folder, steps, first]
+    words = [sys.executable, "-m", module, folder, steps, first, dtype]
     if resume is not None:
         torch.save(resume, folder / "resume.pt")
         words.append(folder / "resume.pt")
@@ -83,6 +89,32 @@ def test_two_ranks_stop_and_one_or_three_go_on(tmp_path):
     three = ranks(tmp_path / "three", 3, 20, first=10, resume=half)[0]
     close(three["weights"], hooks.held["weights"], 1e-8)
     close(three["state"], hooks.held["state"], 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_from_two_ranks_to_one_to_four(tmp_path):
+    """A run that moves twice equals one that never moved; the losses to 1e-9, all 20 of them."""
+    hooks, _ = go(World(), 20, None)
+    two = ranks(tmp_path / "two", 2, 7)[0]
+    alone, _ = go(World(), 14, two, first=7)
+    one = {"weights": alone.held["weights"], "state": alone.held["state"]}
+    four = ranks(tmp_path / "four", 4, 20, first=14, resume=one)
+    losses = two["losses"] + [row["loss"] for row in alone.rows] + four[0]["losses"]
+    assert losses == pytest.approx([row["loss"] for row in hooks.rows], rel=1e-9)
+    for found in four:
+        close(found["weights"], hooks.held["weights"], 1e-8)  # AdamW near zero, as above
+        close(found["state"], hooks.held["state"], 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_first_steps_in_float32(tmp_path, size):
+    """To 1e-6 over three steps; Muon and AdamW make rounding larger after that (docs/log.md)."""
+    hooks, _ = go(World(), 3, None, dtype=torch.float32)
+    for found in ranks(tmp_path / "ranks", size, 3, dtype="float32"):
+        assert found["losses"] == pytest.approx([r["loss"] for r in hooks.rows], rel=1e-6)
 
 
 def test_every_row_is_somebodys():

@@ -1,10 +1,12 @@
 """The loop: normalisation, skipping, rolling back, memory, resuming, stopping."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fledge.data.loader import Loader
 from fledge.errors import Interrupted, UserError
@@ -116,9 +118,9 @@ def test_measures_saves_and_learns():
 
 @pytest.mark.parametrize("arch", ["qwen3", "speedrun"])
 def test_half_resume_half_equals_the_whole_bit_for_bit(tmp_path, arch):
-    """40 steps against 20, a checkpoint on disk, and 20 more in fresh objects; two micro-steps."""
+    """200 steps against 100, a checkpoint on disk, 100 more in fresh objects; two micro-steps."""
     rates = LearningRates(0.02, 0.1, 0.01, 0.002, 0.1, 0.9 if arch == "speedrun" else 0.0)
-    schedule = Schedule(40, 5, 0.5, 0.1, "sqrt", "cosine", "warm")
+    schedule = Schedule(200, 5, 0.5, 0.1, "sqrt", "cosine", "warm")
     config = speedrun(**ALL).config if arch == "speedrun" else CONFIG
 
     def build(folder=None):
@@ -129,7 +131,7 @@ def test_half_resume_half_equals_the_whole_bit_for_bit(tmp_path, arch):
 
     def go_on(parts, hooks, start=0, watch=None):
         model, optimizers, loader = parts
-        job = Job(model, optimizers, schedule, hooks, eval_every=99, save_every=20, start=start)
+        job = Job(model, optimizers, schedule, hooks, eval_every=999, save_every=100, start=start)
         job.watch.restore(watch or {})
         train(job, loader, rows_per_step=4, device_batch_size=3)
         return job
@@ -140,7 +142,7 @@ def test_half_resume_half_equals_the_whole_bit_for_bit(tmp_path, arch):
 
         def save(self, step):
             model, optimizers, loader = self.parts
-            if step == 20:
+            if step == 100:
                 state = {"step": step, "loader": loader.state(), "watch": self.job.watch.state()}
                 checkpoint.write(
                     tmp_path, model=model, optimizers=optimizers, state=state, token_ids={}
@@ -149,7 +151,7 @@ def test_half_resume_half_equals_the_whole_bit_for_bit(tmp_path, arch):
     whole, saving = build(), Saving()
     saving.parts = whole
     model, optimizers, loader = whole
-    saving.job = Job(model, optimizers, schedule, saving, eval_every=99, save_every=20)
+    saving.job = Job(model, optimizers, schedule, saving, eval_every=999, save_every=100)
     train(saving.job, loader, rows_per_step=4, device_batch_size=3)
 
     checkpoint.verify(tmp_path)
@@ -163,9 +165,37 @@ def test_half_resume_half_equals_the_whole_bit_for_bit(tmp_path, arch):
         assert torch.equal(value, half[0].state_dict()[name]), name
     ours, theirs = half[1].state_tensors(), whole[1].state_tensors()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert [r["loss"] for r in hooks.rows] == [r["loss"] for r in saving.rows[20:]]
+    assert [r["loss"] for r in hooks.rows] == [r["loss"] for r in saving.rows[100:]]
     assert job.watch.state() == saving.job.watch.state()
     assert hooks.rows[-1]["loss"] < 0.7 * saving.rows[0]["loss"]
+
+
+def test_state_of_several_ranks_is_read_and_a_missing_file_is_named(tmp_path):
+    """As M ranks would write it: each tensor in one of the files that index.json names."""
+    model, optimizers, loader = fresh()
+    run(model, optimizers, loader, Hooks())
+    checkpoint.write(tmp_path, model=model, optimizers=optimizers, state={"step": 6}, token_ids={})
+    folder = tmp_path / "train_state"
+    whole = folder / "optimizer-00001-of-1.safetensors"
+    tensors = optimizers.state_tensors()
+    names = sorted(tensors)
+    files = [f"optimizer-0000{i + 1}-of-3.safetensors" for i in range(3)]
+    for i, file in enumerate(files):
+        save_file({name: tensors[name] for name in names[i::3]}, folder / file)
+    whole.unlink()
+    index = {"files": files, "tensors": names}
+    (folder / "index.json").write_text(json.dumps(index))
+    again = Optimizers(Transformer.load(tmp_path), RATES)
+    assert checkpoint.read_optimizers(tmp_path, again)
+    found = again.state_tensors()
+    assert found.keys() == tensors.keys() and all(torch.equal(found[n], tensors[n]) for n in found)
+    (folder / "index.json").write_text(json.dumps(index | {"files": files[:2]}))
+    with pytest.raises(UserError, match=names[2]):
+        checkpoint.read_optimizers(tmp_path, again)
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / files[1]).unlink()
+    with pytest.raises(UserError, match="optimizer-00002-of-3"):
+        checkpoint.read_optimizers(tmp_path, again)
 
 
 def test_a_request_to_stop_saves_and_says_so():

@@ -1,12 +1,16 @@
 """Causal self-attention with grouped-query heads, QK-norm and rotary positions, as in Qwen3.
 
-Used by `model.transformer`. One function, `attend`, does the arithmetic through torch's SDPA;
-`naive_attend` is its readable twin. Shapes: B batch, T tokens, H heads, K head_dim, L cache length.
+Used by `model.transformer`. One function, `attend`, does the arithmetic: through torch's SDPA, or
+its flash kernel for windows where there is one; `naive_attend` is its readable twin. Shapes:
+B batch, T tokens, H heads, K head_dim, L cache length.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +19,102 @@ from torch import Tensor, nn
 from fledge.config import ModelConfig
 from fledge.model.cpu_attention import rounded_attend, takes
 from fledge.model.kv_cache import AttentionView
-from fledge.model.layers import Linear, RMSNorm, rotate
+from fledge.model.layers import HALF, Linear, RMSNorm, rotate
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v; causal when `mask` is None. q [B,H,T,K], k and v [B,H_kv,L,K]."""
-    grouped = q.shape[1] != k.shape[1]
-    causal = mask is None and q.shape[2] > 1
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v; causal when `mask` is None. q [B,H,T,K], k and v [B,H_kv,L,K].
+
+    window: of whole rows (L = T), query i sees keys i - window < j <= i. scale: 1 / sqrt(K) where
+    it is not given.
+    """
+    grouped, tokens = q.shape[1] != k.shape[1], q.shape[2]
+    if window is not None and tokens > window:
+        assert mask is None and k.shape[2] == tokens
+        kernel = window_kernel(q)
+        if kernel is not None:
+            return _attend_window(kernel, q, k, v, window, scale)
+        mask = window_mask(tokens, window, q.device)
+    causal = mask is None and tokens > 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 
 
-def naive_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def naive_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """The readable twin of `attend`; tests hold the two equal."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = q @ k.transpose(-1, -2) * (scale or 1 / math.sqrt(q.shape[-1]))
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        mask = window_mask(q.shape[2], window or q.shape[2], q.device)
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+
+
+def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
+    """[T, T] True where key j is one of the `window` last ones of query i: i - window < j <= i."""
+    place = torch.arange(tokens, device=device)
+    back = place[:, None] - place
+    return (back >= 0) & (back < window)
+
+
+def window_kernel(q: Tensor) -> Callable[..., Tensor] | None:
+    """torch's flash attention with a window, where it runs: 16 bits on NVIDIA GPUs from Ampere on.
+
+    It skips the keys that a window hides; SDPA with a mask computes all of them first. It came with
+    torch 2.13 (`torch.nn.attention.varlen`, `window_size`); FlexAttention, which older ones have,
+    is fast only when compiled, and nothing here is.
+    """
+    if q.device.type != "cuda" or q.dtype not in HALF or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return None
+    return _varlen()
+
+
+@functools.cache
+def _varlen() -> Callable[..., Tensor] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+def _attend_window(
+    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None
+) -> Tensor:
+    """The rows of a batch as sequences of one length, side by side: [B T, H, K]."""
+    rows, _, tokens, _ = q.shape
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    ends = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=q.device)
+    y = kernel(
+        *flat,
+        ends,
+        ends,
+        tokens,
+        tokens,
+        scale=scale,
+        window_size=(window - 1, 0),  # keys before the query's own
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return y.unflatten(0, (rows, tokens)).transpose(1, 2)
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge.config import ModelConfig
-from fledge.model.attention import Attention
+from fledge.model.attention import Attention, attend
 from fledge.model.cpu_attention import rounded_attend
 from fledge.model.kv_cache import AttentionView
 from fledge.model.layers import (
@@ -46,13 +46,6 @@ def layer_window(config: ModelConfig, layer: int) -> int | None:
 def has_value_embedding(config: ModelConfig, layer: int) -> bool:
     """Every second layer, the last one among them."""
     return config.value_embeddings and (config.num_hidden_layers - 1 - layer) % 2 == 0
-
-
-def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
-    """[T, T] True where key j is one of the `window` last ones of query i: i - window < j <= i."""
-    place = torch.arange(tokens, device=device)
-    back = place[:, None] - place
-    return (back >= 0) & (back < window)
 
 
 class PlainNorm(nn.Module):
@@ -157,20 +150,9 @@ class SpeedrunAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, H, T, K] of whole rows: causal, inside the window."""
-        tokens, mask = q.shape[2], None
         if self.rounds(q):
             return rounded_attend(q, k, v, self.scale, self.window)
-        if self.window is not None and tokens > self.window:
-            mask = window_mask(tokens, self.window, q.device)
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and tokens > 1,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        return attend(q, k, v, None, window=self.window, scale=self.scale)
 
 
 class SpeedrunBlock(nn.Module):

@@ -89,7 +89,8 @@ def head_pass(
     The products are in what x is in; softmax, loss and weights are at least float32, and the head's
     gradient is added up in what it is in.
     """
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no more
+    total = torch.zeros((), dtype=exact, device=x.device)
     head = head.to(x.dtype)
     step = chunk_rows(head.shape[0], x.device)
     for start in range(0, x.shape[0], step):
@@ -98,7 +99,7 @@ def head_pass(
         log_likely, slopes, factor = _slopes(
             part, head, target, cap, workspace, needed=not (grad_x is None and grad_head is None)
         )
-        total -= (log_likely * weight).sum(dtype=torch.float64)
+        total -= (log_likely * weight).sum(dtype=exact)
         if slopes is None:
             continue
         weight = weight * factor

@@ -114,7 +114,7 @@ class Optimizers:
             lr=rates.matrix_lr,
             weight_decay=rates.weight_decay,
             beta2=rates.row_variance,
-            dtype=getattr(model, "product_dtype", None),
+            products=getattr(model, "product_dtype", None),
         )
         self.adamw = AdamW(
             [

@@ -28,23 +28,23 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalize(matrices: Tensor, *, products: torch.dtype | None = None) -> Tensor:
     """About U V^T of each matrix U S V^T in a stack [..., rows, columns].
 
-    dtype: what the products are in, None = the matrices' own; what comes out is in theirs. In
-    bfloat16 singular values end a little further from 1, which costs no quality (Jordan et al.).
+    products: what its products are made in; the polynomials were made for bfloat16, and the result
+    is only about U V^T in any. None = what the matrices are in, which the result is in, too.
     """
     x = matrices
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)).to(dtype or x.dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    x = x if products is None else x.to(products)  # only now: a small gradient would vanish
     for a, b, c in POLAR_EXPRESS:
         gram = multiply_each(x, x)
         # gram is its own transpose
         x = a * x + multiply_each(b * gram + c * multiply_each(gram, gram), x.mT)
-    x = x.to(matrices.dtype)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def even_out(update: Tensor, average: Tensor, beta2: float) -> Tensor:
@@ -70,7 +70,7 @@ class Muon(Optimizer):
     the layer's output has the same size for every shape (Bernstein and Newhouse 2024). Weight
     decay is cautious: it acts only where it agrees with the update's direction (arXiv 2411.16085).
     A parameter of three dimensions [E, rows, columns] is E matrices (experts). `beta2` above 0
-    turns `even_out` on; `dtype` is what the orthogonalisation multiplies.
+    turns `even_out` on.
     """
 
     def __init__(
@@ -81,9 +81,10 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         beta2: float = 0.0,
-        dtype: torch.dtype | None = None,
+        products: torch.dtype | None = None,
     ) -> None:
-        self.dtype = dtype
+        """products: what the orthogonalisation multiplies in; all else is as the parameters."""
+        self.products = products
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
         super().__init__([{"params": list(params)} | settings])
 
@@ -109,8 +110,8 @@ class Muon(Optimizer):
             buffer = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
             updates.append(parameter.grad.lerp(buffer, momentum))
         scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
-        made = orthogonalize(torch.stack(updates), self.dtype)
-        for parameter, update in zip(parameters, made, strict=True):
+        whitened = orthogonalize(torch.stack(updates), products=self.products)
+        for parameter, update in zip(parameters, whitened, strict=True):
             if beta2:
                 update = even_out(update, self._average(parameter, update), beta2)
             if group["weight_decay"]:

@@ -44,8 +44,8 @@ SLOW = (
     "matrix units, and they are assumed, not measured"
 )
 UNTRIED = (
-    "training in {dtype} has been tested on CPUs only, never run on a GPU: measure 50 steps before "
-    "you rent for a day",
+    "training in {dtype} has been tested on CPUs only, never run on a GPU, and nothing is compiled "
+    "as the published runs are: measure 50 steps before you rent for a day",
     "`--nproc` on GPUs (NCCL) has not been run yet; on CPUs (gloo) it is tested",
 )
 """What nobody has tried of this version; said where the target is a GPU."""

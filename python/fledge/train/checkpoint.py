@@ -84,11 +84,25 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_optimizers(folder: Path, optimizers: Optimizers) -> bool:
-    """Loads the optimizer state if the checkpoint has one; False if it does not."""
-    path = folder / STATE_FOLDER / _OPTIMIZER
-    if not path.is_file():
+    """Loads the optimizer state if the checkpoint has one; False if it does not.
+
+    The state may lie in any number of files, one of each rank that wrote; all that index.json names
+    must be there. Raises UserError that names the missing one.
+    """
+    index = folder / STATE_FOLDER / "index.json"
+    if not index.is_file():
         return False
-    optimizers.load_state_tensors(load_file(path))
+    table = json.loads(index.read_text(encoding="utf-8"))
+    tensors: dict[str, Tensor] = {}
+    for name in table["files"]:
+        path = index.with_name(name)
+        if not path.is_file():
+            raise _damaged(folder, f"{STATE_FOLDER}/{name} is missing, which index.json names")
+        tensors |= load_file(path)
+    lacking = sorted(set(table["tensors"]) - set(tensors))
+    if lacking:
+        raise _damaged(folder, f"no file of its {STATE_FOLDER} holds {lacking[0]}")
+    optimizers.load_state_tensors(tensors)
     return True
 
 
