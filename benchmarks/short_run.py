@@ -174,7 +174,7 @@ def _train(
     values = plan.values
     tokenizer = text.tokenizer(values["tokenizer.vocab_size"], values["tokenizer.pattern"])
     base = {key[5:]: value for key, value in values.items() if key.startswith("base.")}
-    model = Transformer(plan.model, seed=seed)
+    model = Transformer(plan.model, seed=seed).compute_in(values["hardware.dtype"])
     rates = LearningRates.of(SimpleNamespace(**base))
     optimizers = (
         Optimizers(model, rates)

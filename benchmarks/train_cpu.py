@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rows", type=int, default=4, help="rows per forward pass")
+    parser.add_argument("--dtype", default="float32", help="as hardware.dtype")
     parser.add_argument("--cpu-clock", action="store_true", help="processor time, not wall time")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -131,7 +132,7 @@ def main() -> None:
     counts = scaling.count(config)
     attention = 12 * config.hidden_size * CONTEXT * config.num_hidden_layers
     flops = 6 * counts.scaling_parameters + attention
-    model = Transformer(config, seed=0)
+    model = Transformer(config, seed=0).compute_in(wanted.dtype)
     optimizers = Optimizers(model, LearningRates(0.01, 0.1, 0.004, 0.001, 0.0, 0.9))
     loader = Loader(Zipf(), row_tokens=CONTEXT, pad_id=0, split=True)
     timing = Timing(flops, time.process_time if wanted.cpu_clock else time.perf_counter)
@@ -149,6 +150,7 @@ def main() -> None:
     seconds = statistics.median(row["step_seconds"] for row in rows)
     result = {
         "depth": wanted.depth,
+        "dtype": wanted.dtype,
         "threads": wanted.threads,
         "clock": "processor" if wanted.cpu_clock else "wall",
         "rows_per_pass": wanted.rows,
