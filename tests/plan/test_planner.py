@@ -269,7 +269,7 @@ def test_laptop_wants_text() -> None:
         require_text(recipe)
     require_text(real(4))
     require_text(Recipe())
-    assert resolve(recipe, HERE).values["tokenizer.vocab_size"] == 8192
+    assert resolve(recipe, HERE).values["tokenizer.vocab_size"] == 4096
 
 
 # -- hardware ------------------------------------------------------------------------------------

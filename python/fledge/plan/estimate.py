@@ -26,6 +26,8 @@ _AGAIN = 4 / 3
 _CPU_SHARE = 0.6
 """Share of the cores' matmul rate that training a small model reaches; on 2 Zen 5 cores 0.70 to
 0.86, on shared machines less (docs/log.md)."""
+_ROUNDED_GAIN = 1.5
+"""Of training in bfloat16_products where the planner chooses it (docs/log.md: 1.6 to 1.7)."""
 _DECODE_SHARE = 0.25
 """The same for batched decoding (a quickstart of 2026-11-25: rl 39 s, evaluate 28 s)."""
 _DECODE_BANDWIDTH_SHARE = 0.5
@@ -63,7 +65,8 @@ def training_rate(
         if dtype == "fp8" and model.num_hidden_layers >= _FP8_DEPTH:
             share *= _FP8_GAIN
         return hardware.peak_flops * hardware.device_count * share / again
-    return hardware.matmul_flops * _CPU_SHARE / again
+    gain = _ROUNDED_GAIN if dtype == "bfloat16_products" else 1.0
+    return hardware.matmul_flops * _CPU_SHARE * gain / again
 
 
 def _mfu(depth: int) -> float:
