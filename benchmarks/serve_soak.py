@@ -70,8 +70,9 @@ def main() -> None:
         f"{late[:, 1].min():.0f} to {late[:, 1].max():.0f}, {late[-1, 1]:.0f} at last; a straight "
         f"line through the samples rises {slope:.2f} MB a minute. Descriptors "
         f"{late[:, 2].min():.0f} to {late[:, 2].max():.0f}, threads {late[:, 3].min():.0f} to "
-        f"{late[:, 3].max():.0f}. A second after the last request {after[0]:.0f} MB, {after[1]} descriptors, and running, "
-        f"waiting and cache in use summed up to {left}. Exit code after SIGTERM: {server.code}.",
+        f"{late[:, 3].max():.0f}. A second after the last request {after[0]:.0f} MB, "
+        f"{after[1]} descriptors, and running, waiting and cache in use summed up to {left}. "
+        f"Exit code after SIGTERM: {server.code}.",
         "",
     ]  # fmt: skip
     for tally in tallies:
