@@ -239,6 +239,11 @@ class ChatSection:
     the place of identity (data/personas.py)."""
     long_chats: Literal["start", "end", "drop"] = later("start")
     """Of a conversation beyond the context: its first whole exchanges, its last, or nothing."""
+    solutions: Literal["whole", "steps"] = later("whole")
+    """How GSM8K is solved: whole, or in steps: its calculations without the words between them."""
+    longest_reply: int | None = later(None)
+    """Chats in which the assistant says more characters than this at once are left out; absent =
+    none are."""
     eval_every: int | None = None
     """Steps between two measurements of validation loss."""
     save_every: int | None = None
