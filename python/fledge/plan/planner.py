@@ -99,6 +99,8 @@ def resolve(recipe: Recipe, hardware: Hardware) -> Plan:
 _ABSENT = {
     "mid.persona": "absent means the data's own identity",
     "sft.persona": "absent means the data's own identity",
+    "mid.longest_reply": "absent means that none is left out",
+    "sft.longest_reply": "absent means that none is left out",
     "data.source": "absent means the world, no text of your own",
     "base.law": "absent means the default ratio of tokens to parameters",
     "data.root": "absent means FLEDGE_DATA",
