@@ -246,6 +246,10 @@ class ChatSection:
     none are."""
     eval_every: int | None = None
     """Steps between two measurements of validation loss."""
+    chatcore_every: int | None = execution(None)
+    """Steps between two looks at ChatCORE while the stage trains; 0 = none. No weight changes."""
+    chatcore_examples: int = execution(64)
+    """Questions of each task in such a look."""
     save_every: int | None = None
     """Steps between two checkpoints."""
     seed: int = 0

@@ -312,3 +312,17 @@ def test_windows_save_attention() -> None:
 def test_impossible_extras_are_refused(section: ModelSection, says: str) -> None:
     with pytest.raises(UserError, match=says):
         resolve(Recipe(model=section), HERE)
+
+
+def test_chatcore_is_looked_at_on_the_way_where_a_look_is_cheap() -> None:
+    def looks(name: str, machine: str) -> list[float]:
+        values = resolve(load_recipe(name)[1], hardware.parse(machine)).values
+        return [values[f"{s}.chatcore_every"] for s in ("mid", "sft")]
+
+    every = looks("speedrun", "8xh100")
+    values = resolve(load_recipe("speedrun")[1], hardware.parse("8xh100")).values
+    for stage, steps in zip(("mid", "sft"), every, strict=True):
+        total = values[f"{stage}.tokens"] // values[f"{stage}.global_batch_tokens"]
+        assert steps == -(-total // 4)
+    assert looks("speedrun", "cpu") == [0, 0]
+    assert looks("quickstart", "1xh100") == [0, 0]

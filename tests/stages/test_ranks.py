@@ -47,9 +47,10 @@ def ranks_of(parent: int) -> list[int]:
 def test_two_ranks_are_killed_go_on_and_equal_one_process(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
-    done = fledge("run", recipe, "--out", one, "--until", "sft")
+    look = ("--until", "sft", "--sft.chatcore_every", 2, "--sft.chatcore_examples", 3)
+    done = fledge("run", recipe, "--out", one, *look)
     assert done.returncode == 0, done.stderr
-    words = ("run", recipe, "--out", two, "--until", "sft", "--nproc", "2")
+    words = ("run", recipe, "--out", two, *look, "--nproc", "2")
     process = subprocess.Popen(
         command(*words), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
@@ -73,6 +74,8 @@ def test_two_ranks_are_killed_go_on_and_equal_one_process(tmp_path: Path) -> Non
         for a, b in zip(left, right, strict=True):
             assert b["loss"] == pytest.approx(a["loss"], abs=2e-5)
             assert b.get("bpb") == pytest.approx(a.get("bpb"), abs=2e-5)
+            assert b.get("chatcore") == a.get("chatcore")
+    assert sum("chatcore" in row for row in metrics(two, "sft")) == 2
     # one process goes on where two have stopped: the fingerprints know nothing of ranks
     rest = fledge("run", recipe, "--out", two)
     assert rest.returncode == 0, rest.stderr

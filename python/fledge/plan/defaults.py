@@ -97,6 +97,10 @@ class Defaults:
     most_eval_tokens: int = 20 * 524_288
     """nanochat's 20 x 524,288."""
 
+    chatcore_looks: int = 4
+    """A look asks 64 questions of each task: on a CPU of two cores 20 s at depth 4, as long as the
+    training of 80,000 tokens (docs/log.md)."""
+
     # machine
     memory_share: float = 0.6
     cpu_tokens_per_pass: int = 8192

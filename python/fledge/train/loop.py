@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,6 +63,11 @@ class Hooks(Protocol):
         ...
 
 
+EvalHook = Callable[[Transformer, int], Row]
+"""A measurement after some steps: collective, and it leaves the model, its mode and all random
+numbers as they were."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What a loop is handed: a model to train from step `start` to the end of the schedule."""
@@ -76,6 +82,8 @@ class Job:
     watch: LossWatch = field(default_factory=LossWatch)
     speed: Speed | None = None
     world: World = field(default_factory=World)
+    also: Sequence[tuple[int, EvalHook]] = ()
+    """(every so many steps, what is measured beside `Hooks.evaluate`)."""
 
     def end_step(self, row: Row) -> None:
         """Measures, logs and saves when it is time; Interrupted, all saved, if asked to stop.
@@ -87,6 +95,9 @@ class Job:
         last = step == self.schedule.steps
         if step % self.eval_every == 0 or last:
             row |= self.hooks.evaluate(step)
+        for every, measure in self.also:
+            if step % every == 0 or last:
+                row |= measure(self.model, step)
         self.hooks.log(row)
         stopping = self.hooks.stop_requested()
         sound = all(math.isfinite(row.get(key, 0.0)) for key in ("loss", "policy_loss"))
