@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -53,14 +54,19 @@ def test_the_weights_are_the_same_with_and_without_it(tmp_path: Path) -> None:
 def test_random_numbers_and_the_mode_are_put_back() -> None:
     model = tiny_model(384)
 
+    def seed() -> None:
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+
     def draw() -> list[float]:
         return [torch.rand(()).item(), random.random(), np.random.random()]
 
     for training in (True, False):
         model.train(training)
-        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        seed()
         expected = draw()
-        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        seed()
         with pytest.raises(KeyError), on_the_way.undisturbed(model):
             assert not model.training
             draw()
@@ -72,7 +78,8 @@ def test_random_numbers_and_the_mode_are_put_back() -> None:
 class Exam:
     """Ten questions; the reply is right by the question's number."""
 
-    name, kind, chance, max_new_tokens = "toy", "generate", 0.5, 4
+    name, chance, max_new_tokens = "toy", 0.5, 4
+    kind: Literal["generate"] = "generate"
 
     def items(self):
         say = [{"role": "user", "content": "a" * (i + 1)} for i in range(10)]

@@ -447,11 +447,16 @@ def _chats(
     if split == "val":
         return held_out_chats(data)
     rows = Joined([rows for rows in map(data.rows, chat_names(data, stage)) if rows])
-    kept = [
-        i
-        for i, row in enumerate(rows)
-        if not is_held_out(row) and (longest_reply is None or _longest_reply(row) <= longest_reply)
-    ]
+    kept = [i for i, row in enumerate(rows) if not is_held_out(row)]
+    if longest_reply is not None:
+        short = [i for i in kept if _longest_reply(rows[i]) <= longest_reply]
+        if kept and not short:
+            raise UserError(
+                f"{stage}.longest_reply = {longest_reply}",
+                "the assistant says more than that in every chat that there is",
+                "give a larger number of characters, or leave the key out",
+            )
+        kept = short
     return Conversations(rows, clean_chat, f"chat|{stage}", kept)
 
 
