@@ -242,8 +242,17 @@ class ChatSection:
     the place of identity (data/personas.py)."""
     long_chats: Literal["start", "end", "drop"] = later("start")
     """Of a conversation beyond the context: its first whole exchanges, its last, or nothing."""
+    solutions: Literal["whole", "steps"] = later("whole")
+    """How GSM8K is solved: whole, or in steps: its calculations without the words between them."""
+    longest_reply: int | None = later(None)
+    """Chats in which the assistant says more characters than this at once are left out; absent =
+    none are."""
     eval_every: int | None = None
     """Steps between two measurements of validation loss."""
+    chatcore_every: int | None = execution(None)
+    """Steps between two looks at ChatCORE while the stage trains; 0 = none. No weight changes."""
+    chatcore_examples: int = execution(64)
+    """Questions of each task in such a look."""
     save_every: int | None = None
     """Steps between two checkpoints."""
     seed: int = 0

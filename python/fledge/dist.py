@@ -67,6 +67,14 @@ class World:
             return number
         return self.sum_(torch.tensor(number, dtype=torch.float64, device=device)).item()
 
+    def max_number(self, number: float, device: torch.device | str = "cpu") -> float:
+        """The largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.float64, device=device)
+        process_group.all_reduce(found, op=process_group.ReduceOp.MAX)
+        return found.item()
+
     def scatter_sum(self, out: Tensor, parts: Tensor) -> None:
         """Sums `parts` [size x n] over the ranks; rank r gets part r of the sum in `out` [n]."""
         if self.size == 1:
@@ -98,6 +106,10 @@ class World:
     def share(self, count: int) -> slice:
         """Which of `count` rows of a global batch are this rank's; every row is somebody's."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def strided(self, count: int) -> range:
+        """The same as every `size`-th of them, so that neighbours go to different ranks."""
+        return range(self.rank, count, self.size)
 
 
 def lost_a_peer(error: BaseException) -> bool:

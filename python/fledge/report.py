@@ -205,6 +205,7 @@ def _curve_plots(run: Run) -> list[Plot]:
         ("bpb", "Bits per byte of unseen text", curves("bpb", ("base",)), "bits per byte"),
         ("lr", "Learning rate", curves("lr_factor", TRAINED_STAGES), "share of the peak"),
         ("speed", "Throughput", curves(tps, TRAINED_STAGES), "tokens per second"),
+        ("chatcore", "ChatCORE on the way", curves("chatcore", ("mid", "sft")), "centred accuracy"),
         ("reward", "Reward", _some(rewards), "share of right answers"),
         ("rollouts", "Sampled answers", _some(finished), "share of the answers"),
         ("entropy", "Entropy of the next token in rl", curves("entropy", ("rl",)), "nats"),

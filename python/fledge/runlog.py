@@ -22,7 +22,7 @@ from fledge.errors import Interrupted
 
 TIMING_KEYS = frozenset(
     {"seconds", "data_seconds", "sampling_seconds", "ms", "time", "eta", "tokens_per_second"}
-    | {"training_tokens_per_second"}
+    | {"training_tokens_per_second", "chatcore_seconds"}
     | {"started", "finished", "created", "attempts", "mfu", "peak_memory_bytes"}
 )
 """Keys whose values depend on the clock or the machine; all else in a run is reproducible."""

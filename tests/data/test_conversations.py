@@ -86,6 +86,46 @@ def test_gsm8k_marks_become_python_parts() -> None:
     assert problem["answer"] == "1060" and problem["messages"] == [c.user("How many?")]
 
 
+def test_gsm8k_in_steps_is_its_calculations_alone() -> None:
+    made = c.gsm8k_conversation(GSM8K, solutions="steps")
+    assert made["messages"][1]["content"] == [
+        {"type": "python", "text": "48/2"},
+        {"type": "output", "text": "24"},
+        {"type": "python", "text": "24*2.50"},
+        {"type": "output", "text": "60"},
+        {"type": "text", "text": "#### 1,060"},
+    ]
+    assert made["messages"][0] == c.gsm8k_conversation(GSM8K)["messages"][0]
+    assert c.problem_of(made) is None
+
+
+def test_in_steps_those_that_calculate_nothing_are_left_out(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": "Think.\n#### 3"} for i in range(50)]
+    rows += [{"question": f"{i}!", "answer": "So <<1+2=3>>3.\n#### 3"} for i in range(50)]
+    (tmp_path / "gsm8k").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(text)
+    whole = c.chat_sources(local(tmp_path), "mid")["gsm8k"]
+    steps = c.chat_sources(local(tmp_path), "mid", solutions="steps")["gsm8k"]
+    asked = [row["messages"][0]["content"] for row in steps]
+    assert len(whole) == 98 and asked and all(question.endswith("!") for question in asked)
+    assert set(asked) == {q for row in whole if (q := row["messages"][0]["content"]).endswith("!")}
+
+
+def test_chats_with_long_replies_may_be_left_out(tmp_path: Path) -> None:
+    replies = {f"question {i}": "x" * i for i in range(1, 101)}
+    (tmp_path / "sft").mkdir()
+    lines = [json.dumps(chat(asked, said)) + "\n" for asked, said in replies.items()]
+    (tmp_path / "sft" / "talk.jsonl").write_text("".join(lines))
+    every = c.chat_sources(local(tmp_path), "mid")["chat"][:]
+    short = c.chat_sources(local(tmp_path), "mid", longest_reply=30)["chat"][:]
+    longest = max(len(row["messages"][1]["content"]) for row in short)
+    assert longest <= 30 < len(every) and len(short) > 25
+    assert [row for row in every if row in short] == sorted(short, key=every.index)
+    with pytest.raises(UserError, match="longest_reply"):
+        c.chat_sources(local(tmp_path), "mid", longest_reply=0)
+
+
 @needs_data
 def test_every_calculator_mark_of_gsm8k_is_what_the_tool_answers() -> None:
     rows = TaskData(SHARED, use_hub=False).rows("gsm8k/train")

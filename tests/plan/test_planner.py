@@ -59,6 +59,7 @@ def test_every_key_gets_a_value_and_a_rule(depth: int, world: bool, machine: str
         ),
         *("evaluate.tasks", "evaluate.max_examples", "model.extras", "model.window_pattern"),
         *("rl.rewards", "mid.epochs", "sft.epochs", "mid.persona", "sft.persona"),
+        *("mid.longest_reply", "sft.longest_reply"),
         *("data.max_chat_files", "hardware.target"),
     }
     for stage in ("base", "mid", "sft"):
@@ -147,11 +148,21 @@ def test_parameters_are_counted_exactly(depth: int, tie: bool, kv: int | None) -
 def test_what_one_gpu_does_alone_takes_as_long_on_eight() -> None:
     _, recipe = load_recipe("speedrun")
     one, eight = (resolve(recipe, hardware.parse(f"{n}xh100")).estimates["stages"] for n in (1, 8))
-    for stage in ("rl", "evaluate"):
-        assert eight[stage]["seconds"] == pytest.approx(one[stage]["seconds"], rel=0.01)
+    assert eight["evaluate"]["seconds"] == pytest.approx(one["evaluate"]["seconds"], rel=0.01)
     assert eight["base"]["seconds"] < one["base"]["seconds"] / 7
     # every token of the longest reply reads the weights once: 467 steps of 256 tokens
     assert eight["rl"]["seconds"] > 467 * 256 * 4 * 561e6 / 3.35e12
+
+
+def test_gpus_beyond_the_prompts_of_a_step_do_not_shorten_rl() -> None:
+    _, recipe = load_recipe("speedrun")  # 16 prompts a step
+    took = {
+        n: resolve(recipe, hardware.parse(f"{n}xh100")).estimates["stages"]["rl"]["seconds"]
+        for n in (1, 8, 16, 32)
+    }
+    reading = 2 * 467 * 256 * 4 * 561e6 / 3.35e12  # the weights, which every GPU reads for itself
+    assert took[8] - reading < (took[1] - reading) / 4
+    assert took[32] == pytest.approx(took[16], rel=0.01)
 
 
 def test_nanochats_d24_pretraining_time_is_met() -> None:
@@ -426,3 +437,17 @@ def test_windows_save_attention() -> None:
 def test_impossible_extras_are_refused(section: ModelSection, says: str) -> None:
     with pytest.raises(UserError, match=says):
         resolve(Recipe(model=section), HERE)
+
+
+def test_chatcore_is_looked_at_on_the_way_where_a_look_is_cheap() -> None:
+    def looks(name: str, machine: str) -> list[float]:
+        values = resolve(load_recipe(name)[1], hardware.parse(machine)).values
+        return [values[f"{s}.chatcore_every"] for s in ("mid", "sft")]
+
+    every = looks("speedrun", "8xh100")
+    values = resolve(load_recipe("speedrun")[1], hardware.parse("8xh100")).values
+    for stage, steps in zip(("mid", "sft"), every, strict=True):
+        total = values[f"{stage}.tokens"] // values[f"{stage}.global_batch_tokens"]
+        assert steps == -(-total // 4)
+    assert looks("speedrun", "cpu") == [0, 0]
+    assert looks("quickstart", "1xh100") == [0, 0]

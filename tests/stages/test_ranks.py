@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,9 +47,10 @@ def ranks_of(parent: int) -> list[int]:
 def test_two_ranks_are_killed_go_on_and_equal_one_process(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
-    done = fledge("run", recipe, "--out", one, "--until", "sft")
+    look = ("--until", "sft", "--sft.chatcore_every", 2, "--sft.chatcore_examples", 3)
+    done = fledge("run", recipe, "--out", one, *look)
     assert done.returncode == 0, done.stderr
-    words = ("run", recipe, "--out", two, "--until", "sft", "--nproc", "2")
+    words = ("run", recipe, "--out", two, *look, "--nproc", "2")
     process = subprocess.Popen(
         command(*words), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
@@ -72,11 +74,79 @@ def test_two_ranks_are_killed_go_on_and_equal_one_process(tmp_path: Path) -> Non
         for a, b in zip(left, right, strict=True):
             assert b["loss"] == pytest.approx(a["loss"], abs=2e-5)
             assert b.get("bpb") == pytest.approx(a.get("bpb"), abs=2e-5)
+            assert b.get("chatcore") == a.get("chatcore")
+    assert sum("chatcore" in row for row in metrics(two, "sft")) == 2
     # one process goes on where two have stopped: the fingerprints know nothing of ranks
     rest = fledge("run", recipe, "--out", two)
     assert rest.returncode == 0, rest.stderr
     assert "sft: already done" in rest.stderr
     assert (two / "report.json").is_file()
+
+
+REWARD = """\
+import os
+
+def even(item, reply):
+    with open({seen!r}, "a") as file:
+        file.write(os.environ.get("RANK", ""))
+    if {broken} and item["answer"].endswith("7"):
+        raise ValueError("seven")
+    return sum(ord(c) % 2 == 0 for c in reply.text) / (1 + len(reply.text))
+"""
+
+
+def rl_recipe(folder: Path, *, broken: bool = False) -> Path:
+    """The miniature with a reward that tells the answers of an untrained model apart."""
+    (folder / "own.py").write_text(
+        REWARD.format(broken=broken, seen=str(folder / "seen")), encoding="utf-8"
+    )
+    recipe, own = write_recipe(folder), f'rewards = {{ "{folder / "own.py"}:even" = 1.0 }}'
+    text = recipe.read_text().replace("steps = 2\nprompts_per_step = 2", "steps = 6")
+    text = text.replace(
+        "samples_per_prompt = 2", f"prompts_per_step = 3\nsamples_per_prompt = 4\n{own}"
+    )
+    recipe.write_text(text)
+    return recipe
+
+
+def test_rl_on_two_ranks_is_killed_goes_on_and_equals_one_process(tmp_path: Path) -> None:
+    recipe = rl_recipe(tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = fledge("run", recipe, "--out", one, "--until", "sft")
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(one, two)
+    assert fledge("run", recipe, "--out", one, "--until", "rl").returncode == 0
+    (tmp_path / "seen").write_text("")
+    words = ("run", recipe, "--out", two, "--until", "rl", "--nproc", "2")
+    process = subprocess.Popen(
+        command(*words), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    while rows(two / "rl" / "metrics.jsonl") < 2 and process.poll() is None:
+        time.sleep(0.005)
+    found = ranks_of(process.pid)
+    if len(found) == 2:
+        os.kill(found[1], signal.SIGKILL)
+    process.communicate(timeout=300)
+    again = fledge(*words)
+    assert again.returncode == 0, again.stderr
+    left, right = metrics(one, "rl"), metrics(two, "rl")
+    assert [row["step"] for row in right] == [1, 2, 3, 4, 5, 6]
+    assert any(row["policy_loss"] for row in left)
+    assert set((tmp_path / "seen").read_text()) == {"0", "1"}, "both graded answers of their own"
+    for step, (a, b) in enumerate(zip(left, right, strict=True)):
+        near = 1e-6 if step < 2 else 2e-4  # Muon amplifies rounding
+        for key in ("policy_loss", "reward", "length", "sampled_tokens", "gradient_norm"):
+            assert b[key] == pytest.approx(a[key], abs=near), (step, key)
+        assert b.get("validation_reward") == pytest.approx(a.get("validation_reward"), abs=near)
+    assert (two / "rl" / "samples.md").is_file()
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
+    recipe, out = rl_recipe(tmp_path, broken=True), tmp_path / "run"
+    done = fledge("run", recipe, "--out", out, "--until", "rl", "--nproc", "2")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("error: ") == 1 and "seven" in done.stderr
+    assert "bug" not in done.stderr
 
 
 def test_sigterm_is_agreed_on_by_all_ranks(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -384,8 +385,8 @@ def test_every_problem_draws_its_own_numbers():
     items = [({}, [3, 4])] * 4
     with Tools() as tools:
         engine = Engine(model, TOKENIZER, deterministic=True)
-        found = rl.sample_groups(engine, tools, items, even_share, config(), first=8)
-        again = rl.sample_groups(engine, tools, items[:2], even_share, config(), first=10)
+        found = rl.sample_groups(engine, tools, items, even_share, config(), numbers=range(8, 12))
+        again = rl.sample_groups(engine, tools, items[:2], even_share, config(), numbers=[10, 11])
     rows = [[r.ids for r in group] for group in found]
     assert len({str(group) for group in rows}) == 4
     assert [[r.ids for r in group] for group in again] == rows[2:], "by the problem's number"
@@ -396,7 +397,7 @@ def test_overlong_answers_may_be_masked():
     rows = rollouts_of()
     job = job_of(tiny_model(TOKENIZER.vocab_size), Hooks(), 1)
 
-    def sample(first: int, count: int) -> list[list[rl.Rollout]]:
+    def sample(numbers: Sequence[int]) -> list[list[rl.Rollout]]:
         return [rows]
 
     counted = rl.collect(job, 0, sample, config())

@@ -31,6 +31,7 @@ CHAT_EXAM_SHARE = 0.01  # of the different opening messages in the chat files
 VAL_SHARE = 0.02  # of the rows of the other kinds
 WORLD_VAL_OFFSET = 10_000_000  # a world's validation conversations are later draws
 Split = Literal["train", "val"]
+Solutions = Literal["whole", "steps"]
 
 # Share of each kind in a stage; the others take the place of what is missing. mid sees every format
 # often, sft leans to conversation. A world adds spelling, counting and identity.
@@ -218,12 +219,16 @@ def _calls_problem(calls: Any) -> str | None:
 
 
 def gsm8k_conversation(
-    row: Mapping[str, Any], calculator: Calculator | None = None
+    row: Mapping[str, Any],
+    calculator: Calculator | None = None,
+    *,
+    solutions: Solutions = "whole",
 ) -> Conversation:
     """A GSM8K row; its calculator marks <<48/2=24>> become python parts with outputs.
 
     `calculator` says what the tool would answer (`sandbox.arithmetic.evaluate`); without it the
     mark's own result stands, written as the tool writes numbers. The last line "#### n" stays text.
+    Of a solution in "steps" the words between the calculations are left out.
     """
     parts: list[dict[str, str]] = []
 
@@ -231,7 +236,10 @@ def gsm8k_conversation(
         if text:
             parts.append({"type": kind, "text": text})
 
-    for piece in re.split(r"(<<.*?>>)", row["answer"]):
+    answer = row["answer"]
+    if solutions == "steps":
+        answer = "".join(re.findall(r"<<.*?>>", answer)) + "####" + answer.rpartition("####")[2]
+    for piece in re.split(r"(<<.*?>>)", answer):
         if not (piece.startswith("<<") and piece.endswith(">>")):
             add("text", piece)
             continue
@@ -379,24 +387,29 @@ def chat_sources(
     world: WorldLike | None = None,
     calculator: Calculator | None = None,
     world_size: int = 100_000,
+    solutions: Solutions = "whole",
+    longest_reply: int | None = None,
 ) -> dict[str, Sequence[Conversation]]:
     """kind -> conversations of what this machine has for the stage "mid" or "sft".
 
     Kinds: chat, gsm8k, arc, mc (other multiple choice), mmlu (its auxiliary_train), and from
     `world` spell, count and identity. What is "val" in one stage is so in every stage. What is
-    missing is told by `data.missing()`.
+    missing is told by `data.missing()`. `longest_reply` leaves out the chats in which the assistant
+    says more characters than that at once; solutions "steps" leaves out those of GSM8K that
+    calculate nothing.
     """
     found: dict[str, Sequence[Conversation]] = {}
-    chats = _chats(data, stage, split)
+    chats = _chats(data, stage, split, longest_reply)
     if chats:
         found["chat"] = chats
     gsm8k = data.rows("gsm8k/train")
     if gsm8k:
+        picked = split_rows(len(gsm8k), split)
         found["gsm8k"] = Conversations(
             gsm8k,
-            lambda row: gsm8k_conversation(row, calculator),
+            lambda row: gsm8k_conversation(row, calculator, solutions=solutions),
             f"gsm8k|{stage}",
-            split_rows(len(gsm8k), split),
+            picked if solutions == "whole" else _that_calculate(gsm8k, picked),
         )
     groups = {
         "arc": ["arc/arc_easy_train", "arc/arc_challenge_train"],
@@ -424,11 +437,26 @@ def split_rows(n: int, split: Split) -> list[int]:
     return sorted(picked)
 
 
-def _chats(data: TaskData, stage: str, split: Split) -> Sequence[Conversation]:
+def _that_calculate(rows: Sequence[Mapping[str, Any]], picked: Sequence[int]) -> list[int]:
+    return [i for i in picked if "<<" in rows[i]["answer"]] or list(picked)
+
+
+def _chats(
+    data: TaskData, stage: str, split: Split, longest_reply: int | None
+) -> Sequence[Conversation]:
     if split == "val":
         return held_out_chats(data)
     rows = Joined([rows for rows in map(data.rows, chat_names(data, stage)) if rows])
     kept = [i for i, row in enumerate(rows) if not is_held_out(row)]
+    if longest_reply is not None:
+        short = [i for i in kept if _longest_reply(rows[i]) <= longest_reply]
+        if kept and not short:
+            raise UserError(
+                f"{stage}.longest_reply = {longest_reply}",
+                "the assistant says more than that in every chat that there is",
+                "give a larger number of characters, or leave the key out",
+            )
+        kept = short
     return Conversations(rows, clean_chat, f"chat|{stage}", kept)
 
 
@@ -469,6 +497,12 @@ def held_out_chats(data: TaskData) -> Sequence[Conversation]:
 def is_held_out(conversation: Mapping[str, Any]) -> bool:
     """Whether the opening message is among the 1 % kept for examination, by its hash."""
     return _digest("exam|" + _opening(conversation)) < CHAT_EXAM_SHARE * 2**64
+
+
+def _longest_reply(conversation: Mapping[str, Any]) -> int:
+    """Characters of the assistant's longest message."""
+    said = [m.get("content") for m in conversation["messages"] if m["role"] == "assistant"]
+    return max((len(text) for text in said if isinstance(text, str)), default=0)
 
 
 def clean_chat(row: Mapping[str, Any]) -> Conversation:

@@ -8,7 +8,7 @@ own: `Store` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,14 +108,22 @@ def _read_back(name: str, table: Mapping[str, Any], records: list[dict[str, Any]
     return TaskResult(name=name, records=records, details=details, **known)  # type: ignore[arg-type]
 
 
+def chatcore_tasks(names: Iterable[str]) -> list[str]:
+    """Which of the tasks ChatCORE is taken over: nanochat's five as far as they are there, else all
+    of a world's own exams."""
+    known = list(names)
+    real = [name for name in CHATCORE if name in known]
+    return real or [name for name in known if name != "chat" and not name.startswith(CORE)]
+
+
 def chatcore(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """ChatCORE of scores by task name: the mean of (accuracy - chance) / (1 - chance).
 
     Over nanochat's five tasks as far as they were taken, or over all tasks given where none of
     those was (a world's own exams); "tasks" lists what it covers, "missing" what it lacks.
     """
-    real = [name for name in CHATCORE if name in results]
-    names = real or [name for name in results if name != "chat" and not name.startswith(CORE)]
+    names = chatcore_tasks(results)
+    real = [name for name in names if name in CHATCORE]
     if not names:
         return None
     centred, squares = {}, []

@@ -97,6 +97,10 @@ class Defaults:
     most_eval_tokens: int = 20 * 524_288
     """nanochat's 20 x 524,288."""
 
+    chatcore_looks: int = 4
+    """From depth 8 on. With the laptop's model 60 questions of each of the five tasks took 12 s on
+    two cores, and its whole mid 87 s (docs/log.md): four looks would be half of the stage."""
+
     # machine
     memory_share: float = 0.6
     cpu_tokens_per_pass: int = 8192

@@ -97,9 +97,10 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
         measured = 8 * values["base.eval_tokens"] if stage == "base" else 0
         flops = tokens * counts.flops_per_token + measured * forward
         stages[stage] = {"tokens": tokens, "flops": flops, "seconds": 2 + flops / rate}
-    alone = rate / hardware.device_count  # one process does these while the others wait
+    alone = rate / hardware.device_count  # one process does this while the others wait
     token = 4 * counts.parameters / (hardware.memory_bandwidth * _DECODE_BANDWIDTH_SHARE)
-    stages["rl"] = _rl(values, counts.flops_per_token, forward, alone, token)
+    shared = alone * min(hardware.device_count, values["rl.prompts_per_step"])  # no prompt is cut
+    stages["rl"] = _rl(values, counts.flops_per_token, forward, shared, token)
     stages["evaluate"] = _evaluate(values, forward, alone)
     seconds = sum(stage["seconds"] for stage in stages.values())
     price = hardware.dollars_per_hour
@@ -134,7 +135,8 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
 def _rl(
     values: dict[str, Any], flops: float, forward: float, rate: float, token: float
 ) -> dict[str, float]:
-    """`token`: seconds that reading the weights takes, once for each token of the longest reply."""
+    """`rate`: of all devices that have a prompt; `token`: seconds that reading the weights takes,
+    once for each token of the longest reply, on every device at the same time."""
     rollouts = values["rl.steps"] * values["rl.prompts_per_step"] * values["rl.samples_per_prompt"]
     tokens = int(rollouts * values["rl.max_new_tokens"] * _ROLLOUT_SHARE)
     decode = max(
@@ -207,5 +209,5 @@ def _basis(model: ModelConfig, hardware: Hardware, dtype: str) -> str:
         share = f"taken as {_CPU_SHARE:.0%} of the matmul rate, {how}"
     return (
         f"estimates: FLOPs are counted, speed is {share}; "
-        "evaluation and rl, which one process does, are rougher than pretraining"
+        "evaluation, which one process does, and rl are rougher than pretraining"
     )

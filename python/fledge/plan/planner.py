@@ -99,6 +99,8 @@ def resolve(recipe: Recipe, hardware: Hardware) -> Plan:
 _ABSENT = {
     "mid.persona": "absent means the data's own identity",
     "sft.persona": "absent means the data's own identity",
+    "mid.longest_reply": "absent means that none is left out",
+    "sft.longest_reply": "absent means that none is left out",
     "data.source": "absent means the world, no text of your own",
     "base.minutes": "absent means that tokens or tokens_per_param say it",
     "base.law": "absent means the default ratio of tokens to parameters",
@@ -429,12 +431,23 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
             "the rows of a step, split evenly so that a pass fits in 60 % of the memory"
             + (" and holds at most 8,192 tokens on a CPU" if on_cpu else ""),
         )
+    for stage in ("mid", "sft"):
+        draft.put(f"{stage}.chatcore_every", *_chatcore_every(draft, stage, on_cpu))
     draft.put(
         "hardware.async_checkpoints",
         device != "cpu",
         "on GPUs; on a CPU it saves half a second a checkpoint and holds a copy of all state",
     )
     draft.put("hardware.threads", hardware.cpu_cores, "all cores this process may use")
+
+
+def _chatcore_every(draft: _Draft, stage: str, on_cpu: bool) -> tuple[int, str]:
+    """How often the exams are looked at while a stage trains."""
+    depth = draft.recipe.model.depth
+    if on_cpu or depth < 8:
+        return 0, "not on the way on a CPU or below depth 8: it would cost more than it tells"
+    steps = draft.values[f"{stage}.tokens"] // draft.values[f"{stage}.global_batch_tokens"]
+    return math.ceil(steps / DEFAULTS.chatcore_looks), "four looks from depth 8 on"
 
 
 def _default_dtype(device: str, hardware: Hardware) -> tuple[str, str]:
@@ -451,7 +464,15 @@ def _default_dtype(device: str, hardware: Hardware) -> tuple[str, str]:
 _MAY_BE_ZERO = {
     *("steps", "warmup_steps", "cooldown_fraction", "final_lr_fraction", "seed", "samples"),
     *("matrix_lr", "embed_lr", "norm_lr", "weight_decay", "lr_scale", "temperature"),
-    *("dialogues", "row_variance", "eps_low", "eps_high", "kl_beta", "refill_rounds"),
+    *(
+        "dialogues",
+        "chatcore_every",
+        "row_variance",
+        "eps_low",
+        "eps_high",
+        "kl_beta",
+        "refill_rounds",
+    ),
 }
 _SHARES = {"cooldown_fraction", "final_lr_fraction", "row_variance"}
 

@@ -77,6 +77,10 @@ def shrink(plan: Plan, recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
         for key, value in (values | small).items()
         if value is not None and (key in given or not _is_place(key))
     }
+    for stage in ("mid", "sft"):  # a look that the whole run takes is rehearsed on any machine
+        if getattr(recipe, stage).chatcore_every != 0:
+            numbers[f"{stage}.chatcore_every"] = small[f"{stage}.eval_every"]
+            numbers[f"{stage}.chatcore_examples"] = SIZES["evaluate.max_examples"]
     for name in FOLLOWS_DEPTH:
         numbers.pop(f"model.{name}", None)
     tables: dict[str, dict[str, Any]] = {}

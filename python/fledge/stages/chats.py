@@ -6,7 +6,7 @@ from fledge import files
 from fledge.engine import SamplingParams
 from fledge.engine.tools import Tools
 from fledge.model import Transformer
-from fledge.stages import mixture
+from fledge.stages import mixture, on_the_way
 from fledge.stages.context import StageContext
 from fledge.stages.inference import stage_engine
 from fledge.stages.own_files import ChatStage
@@ -25,7 +25,13 @@ def run_chats(ctx: StageContext, stage: ChatStage, *, resume: bool) -> None:
     if ctx.world.leads:
         _tell_mixture(ctx, stage, room)
     model = run_training(
-        ctx, stage, documents=documents, validation=validation, split=False, resume=resume
+        ctx,
+        stage,
+        documents=documents,
+        validation=validation,
+        split=False,
+        resume=resume,
+        also=on_the_way.looks(ctx, stage),
     )
     if ctx.world.leads:
         write_replies(ctx, stage, model)

@@ -298,7 +298,8 @@ class TextMaterial:
         self.notes = [*self.corpus.notes, *self.files.missing(), *missing]
         self._manifest: dict[str, Any] | None = None
 
-    def _sources(self, stage: str, split: Split) -> Extra:
+    def _sources(self, stage: ChatStage, split: Split) -> Extra:
+        section = getattr(self.recipe, stage)
         return dict(
             chat_sources(
                 self.files,
@@ -306,6 +307,8 @@ class TextMaterial:
                 split=split,
                 world=self.world,
                 calculator=arithmetic.evaluate,
+                solutions=section.solutions,
+                longest_reply=section.longest_reply,
             )
         )
 

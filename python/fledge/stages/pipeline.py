@@ -2,7 +2,7 @@
 
 The pipeline resolves the plan, opens the run, and takes the stages in order; each is a function of
 a `StageContext`. In a world of several processes rank 0 leads: it holds the run, decides, and tells
-the others, who share the training of base, mid and sft with it. It owns nothing of what a stage
+the others, who share the training of base, mid, sft and rl with it. It owns nothing of what a stage
 does: it decides skip, resume or start by fingerprint, records how a stage ended, and renders the
 report.
 """
@@ -105,7 +105,7 @@ def _stages(until: str | None) -> tuple[str, ...]:
     return STAGES[: last + 1]
 
 
-ALONE = ("tokenizer", "rl", "evaluate")
+ALONE = ("tokenizer", "evaluate")
 """Stages that rank 0 takes while the others wait."""
 
 

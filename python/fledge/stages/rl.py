@@ -1,4 +1,7 @@
-"""Reinforcement: the model tries problems with its tool and learns from its right answers."""
+"""Reinforcement: the model tries problems with its tool and learns from its right answers.
+
+Several ranks share the problems of a step and of a measurement; `train.rl` makes one step of it.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ TRY_STRIDE = 100_003  # a prime: far from the problems that other steps take
 def run(ctx: StageContext, *, resume: bool) -> None:
     """The GRPO family on the material's problems, from sft's model."""
     section: Any = ctx.recipe.rl  # Any: a planned section has no absent values
+    world = ctx.world
     tokenizer, room = ctx.tokenizer, ctx.run.model.max_position_embeddings
 
     def problem(index: int) -> tuple[dict[str, Any], list[int]]:
@@ -49,13 +53,15 @@ def run(ctx: StageContext, *, resume: bool) -> None:
 
     def evaluate(model: Transformer) -> dict[str, float]:
         model.eval()
-        held = [problem(HELD_OUT_PROBLEMS + i) for i in range(VALIDATION_PROBLEMS)]
+        held = [problem(HELD_OUT_PROBLEMS + i) for i in world.strided(VALIDATION_PROBLEMS)]
         params = SamplingParams(max_tokens=section.max_new_tokens)
         done = stage_engine(model, tokenizer).generate(
             [prompt for _, prompt in held], params, tools
         )
         found = [reward(item, answer) for (item, _), (answer,) in zip(held, done, strict=True)]
-        return {"validation_reward": sum(graded.reward for graded in found) / len(held)}
+        world.wait()  # however long the slowest of the ranks talks
+        total = world.sum_number(sum(graded.reward for graded in found), model.cos.device)
+        return {"validation_reward": total / VALIDATION_PROBLEMS}
 
     with (
         Tools() as tools,
@@ -74,7 +80,8 @@ def run(ctx: StageContext, *, resume: bool) -> None:
             config=RlConfig(**known, reward_names=names),
             reference=_reference(ctx) if section.kl_beta else None,
         )
-    write_replies(ctx, "rl", training.job.model)
+    if world.leads:
+        write_replies(ctx, "rl", training.job.model)
 
 
 def _reference(ctx: StageContext) -> Transformer:

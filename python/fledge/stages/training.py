@@ -8,7 +8,7 @@ packed rows in it; the stage modules only say what they train on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +26,7 @@ from fledge.run import Run
 from fledge.runlog import MetricsLog, NoMetrics
 from fledge.stages.context import StageContext
 from fledge.train import checkpoint
-from fledge.train.loop import Job, train
+from fledge.train.loop import EvalHook, Job, train
 from fledge.train.loss_scale import LossScale
 from fledge.train.metrics import Row, Speed
 from fledge.train.saving import Saver, host_copies
@@ -52,6 +52,7 @@ class TrainedStage:
         resume: bool,
         evaluate: Callable[[Transformer], Row],
         loader_state: Callable[[], dict[str, Any]] = dict,
+        also: Sequence[tuple[int, EvalHook]] = (),
     ) -> None:
         self.ctx, self.stage = ctx, stage
         self._evaluate, self._loader_state = evaluate, loader_state
@@ -109,6 +110,7 @@ class TrainedStage:
             speed=machine_speed(ctx.run),
             world=world,
             scale=LossScale(dynamic=dtype == "float16"),
+            also=also,
         )
         self.job.watch.restore(self.state.get("watch", {}))
         self.job.scale.restore(self.state.get("loss_scale", {}))
@@ -264,8 +266,10 @@ def run_training(
     validation: Documents,
     split: bool,
     resume: bool,
+    also: Sequence[tuple[int, EvalHook]] = (),
 ) -> Transformer:
-    """Trains one stage on packed rows of `documents`; returns the trained model."""
+    """Trains one stage on packed rows of `documents`; returns the trained model. `also`: what is
+    measured every so many steps beside bits per byte."""
     section: Any = getattr(ctx.recipe, stage)
     base: Any = ctx.recipe.base
     context, pad = ctx.run.model.max_position_embeddings, ctx.tokenizer.pad_id
@@ -290,6 +294,7 @@ def run_training(
         resume=resume,
         evaluate=evaluate,
         loader_state=lambda: {"loader": ahead.state()},
+        also=also,
     ) as training:
         if "loader" in training.state:
             loader.restore(training.state["loader"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,6 +65,11 @@ class Hooks(Protocol):
         ...
 
 
+EvalHook = Callable[[Transformer, int], Row]
+"""A measurement after some steps: collective, and it leaves the model, its mode and all random
+numbers as they were."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What a loop is handed: a model to train from step `start` to the end of the schedule."""
@@ -79,6 +85,8 @@ class Job:
     speed: Speed | None = None
     world: World = field(default_factory=World)
     scale: LossScale = field(default_factory=LossScale)
+    also: Sequence[tuple[int, EvalHook]] = ()
+    """(every so many steps, what is measured beside `Hooks.evaluate`)."""
 
     def finish_gradients(self, loss: float, trained: int, step: int) -> tuple[float, float] | None:
         """(loss, gradient norm) of a step over all ranks, after its passes; None: make them again.
@@ -110,6 +118,9 @@ class Job:
         last = step == self.schedule.steps
         if step % self.eval_every == 0 or last:
             row |= self.hooks.evaluate(step)
+        for every, measure in self.also:
+            if step % every == 0 or last:
+                row |= measure(self.model, step)
         self.hooks.log(row)
         stopping = self.hooks.stop_requested()
         sound = all(math.isfinite(row.get(key, 0.0)) for key in ("loss", "policy_loss"))

@@ -18,6 +18,10 @@ it drew it, at most `importance_cap`; for reinforce the trainer's newest opinion
 `kl_beta` adds k3 = e^d - d - 1, d = log reference - log p (Schulman 2020, "Approximating KL
 divergence"). Divisors are those of the whole step, over all ranks, whatever the micro-batches.
 
+Of several processes each samples, rewards and learns from every n-th problem of a step; what they
+decide and log is of all of them. An answer depends on its problem's number alone, so that any
+number of processes sees the same answers.
+
 Tool output is read, never trained on; the end token is trained, so that stopping is learnt. Called
 by `stages.rl`, which says what a problem and a reward are; this file knows neither runs nor tasks.
 """
@@ -275,9 +279,9 @@ def sample_groups(
     reward: Grader,
     config: RlConfig,
     *,
-    first: int,
+    numbers: Sequence[int],
 ) -> list[list[Rollout]]:
-    """`samples_per_prompt` rewarded answers to problems `first`, first + 1, ..."""
+    """`samples_per_prompt` rewarded answers to each problem; `numbers` are the problems' own."""
     # each problem draws its own numbers: with one seed for all they would explore alike
     params = [
         SamplingParams(
@@ -287,7 +291,7 @@ def sample_groups(
             n=config.samples_per_prompt,
             logprobs_at_temperature=True,
         )
-        for number in range(first, first + len(items))
+        for number in numbers
     ]
     groups = engine.generate([prompt for _, prompt in items], params, tools)
     return [
@@ -317,23 +321,24 @@ def group_rollouts(
 def collect(
     job: Job,
     step: int,
-    sample: Callable[[int, int], list[list[Rollout]]],
+    sample: Callable[[Sequence[int]], list[list[Rollout]]],
     config: RlConfig,
 ) -> Batch:
     """The rollouts of a step, refilled where that is asked for.
 
-    `sample(first problem, how many)`. Without refill, groups of equal rewards stay among what
-    is learnt from: they add nothing, but count in the divisors. With it they are dropped and
-    replaced by new problems, at most `refill_rounds` times. Of several ranks each samples its
-    share of the problems.
+    `sample(numbers of the problems)`. Without refill, groups of equal rewards stay among what is
+    learnt from: they add nothing, but count in the divisors. With it they are dropped and replaced
+    by new problems, at most `refill_rounds` times. Of several ranks each samples its share of the
+    problems; how many are still missing is counted over all.
     """
     rounds = 1 + config.refill_rounds
     groups: list[list[Rollout]] = []
     missing = config.prompts_per_step
     for round_ in range(rounds):
-        first, share = (step * rounds + round_) * config.prompts_per_step, job.world.share(missing)
-        groups += sample(first + share.start, share.stop - share.start)
+        first = (step * rounds + round_) * config.prompts_per_step
+        groups += sample([first + i for i in job.world.strided(missing)])
         useful = sum(any(r.advantage for r in group) for group in groups)
+        job.world.wait()  # however long the slowest of them talks
         missing = config.prompts_per_step - round(
             job.world.sum_number(useful, job.model.cos.device)
         )
@@ -365,9 +370,9 @@ def train_rl(
     number is skipped; what follows is `train.loop.recover`'s business.
     """
 
-    def sample(first: int, count: int) -> list[list[Rollout]]:
-        items = [problem(i) for i in range(first, first + count)]
-        return sample_groups(engine, tools, items, reward, config, first=first) if items else []
+    def sample(numbers: Sequence[int]) -> list[list[Rollout]]:
+        items = [problem(i) for i in numbers]
+        return sample_groups(engine, tools, items, reward, config, numbers=numbers) if items else []
 
     for step in range(job.start, job.schedule.steps):
         began = time.perf_counter()
@@ -427,7 +432,7 @@ def _update(job: Job, batch: Batch, config: RlConfig, engine: Engine, step: int)
             row["kl"] = world.sum_number(totals.kl, device) / tokens
         if update == 0:
             row["log_ratio"] = world.sum_number(totals.log_ratio, device) / tokens
-            row["log_ratio_max"] = totals.largest_log_ratio
+            row["log_ratio_max"] = world.max_number(totals.largest_log_ratio, device)
         if not good:
             row["skipped"] = 1
             break
@@ -464,6 +469,6 @@ def sampling_row(job: Job, batch: Batch, names: Sequence[str]) -> Row:
         # -log p of what was drawn: its mean is the entropy of the next token, in nats
         "entropy": total["surprise"] / total["tokens"],
         "length": total["tokens"] / total["answers"],
-        "length_max": max((r.tokens for r in every), default=0),
+        "length_max": job.world.max_number(max((r.tokens for r in every), default=0), device),
         "sampled_tokens": total["tokens"],
     }
