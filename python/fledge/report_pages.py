@@ -121,7 +121,12 @@ def _td(cell: str) -> str:
         spans = (f'<span class="s">{html.escape(part)}</span>' for part in parts.groups())
         return f"<td>{' '.join(spans)}</td>"
     whole = ' class="s"' if len(cell) <= SHORT_CELL else ""
-    return f"<td{whole}>{html.escape(cell)}</td>"
+    return f"<td{whole}>{_marked(cell)}</td>"
+
+
+def _marked(text: str) -> str:
+    """Escaped, with what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _html(block: Block) -> str:
@@ -130,8 +135,7 @@ def _html(block: Block) -> str:
         case Heading(text, level):
             return f"<h{level}>{safe(text)}</h{level}>"
         case Paragraph(text):
-            marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe(text))
-            return f"<p>{marked}</p>"
+            return f"<p>{_marked(text)}</p>"
         case Table(header, rows):
             head = "".join(f"<th>{safe(cell)}</th>" for cell in header)
             lines = ["<tr>" + "".join(_td(cell) for cell in row) + "</tr>" for row in rows]

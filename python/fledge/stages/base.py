@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fledge import files
+from fledge.data.loader import Documents
 from fledge.engine import SamplingParams
 from fledge.model import Transformer
 from fledge.stages.context import StageContext
 from fledge.stages.inference import stage_engine
 from fledge.stages.training import run_training, write_samples
+from fledge.train import checkpoint
 
 SAMPLE_TOKENS = 48
 
@@ -18,17 +22,32 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     if bound is not None and ctx.world.leads:
         files.write_json(ctx.run.entropy_file, {"bits_per_byte": bound})
         ctx.progress.note(f"base: the text's own entropy is at most {bound:.4f} bits per byte")
+    documents = ctx.material.texts("train", ctx.tokenizer)
+    if ctx.world.leads:
+        files.write_json(ctx.run.corpus_file, ctx.material.corpus())
     model = run_training(
         ctx,
         "base",
-        documents=ctx.material.texts("train", ctx.tokenizer),
+        documents=documents,
         validation=ctx.material.texts("val", ctx.tokenizer),
         split=True,
         resume=resume,
     )
     if not ctx.world.leads:
         return
+    files.write_json(ctx.run.corpus_file, ctx.material.corpus() | _read(ctx, documents))
     write_samples(ctx, "base", "What base writes on its own", continuations(ctx, model))
+
+
+def _read(ctx: StageContext, documents: Documents) -> dict[str, Any]:
+    """How many documents the training took, and how often that is all of them (not of a world)."""
+    latest = ctx.run.latest_checkpoint("base")
+    assert latest is not None, "base ends with a checkpoint"
+    loader = checkpoint.read_state(latest)["loader"]
+    taken = loader["cursor"] - len(loader["buffer"])
+    order = getattr(documents, "text", None)
+    passes = {"passes": order.passes(taken)} if hasattr(order, "passes") else {}
+    return {"documents_read": taken} | passes
 
 
 def continuations(ctx: StageContext, model: Transformer) -> list[tuple[str, str]]:

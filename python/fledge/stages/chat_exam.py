@@ -16,6 +16,7 @@ from fledge.errors import UserError
 from fledge.evals import chat_quality
 from fledge.run import Run
 from fledge.stages.material import Material
+from fledge.stats import format_percent
 
 DAMAGED = "delete it and run the same command again"
 
@@ -50,5 +51,5 @@ def describe(scores: dict[str, Any]) -> str:
     words = {"stops": "stops by itself", "repeats": "repeats", "recalls": "recalls",
              "flips": "gives in to a wrong claim", "calls": "calls its tool well",
              "persona": "in character"}  # fmt: skip
-    told = [f"{words[n]} {s['value']:.0%}" for n, s in scores.items() if n in words]
+    told = [f"{words[n]} {format_percent(s['value'])}" for n, s in scores.items() if n in words]
     return "chat: " + ", ".join(told or ["nothing to ask"])

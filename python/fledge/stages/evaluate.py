@@ -32,6 +32,7 @@ from fledge.stages import chat_exam
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.inference import stage_engine
 from fledge.stages.material import open_material
+from fledge.stats import format_percent
 from fledge.tokenizer import Tokenizer
 from fledge.train.checkpoint import verify
 
@@ -130,7 +131,7 @@ def describe(result: TaskResult) -> str:
     """One line: name, score, interval, n, chance."""
     return (
         f"{result.name} {result.value:.1%} [{result.low:.1%}, {result.high:.1%}] "
-        f"n={result.n}, chance {result.chance:.0%}, {result.seconds:.0f} s"
+        f"n={result.n}, chance {format_percent(result.chance)}, {result.seconds:.0f} s"
     )
 
 

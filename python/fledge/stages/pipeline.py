@@ -54,10 +54,12 @@ def run_recipe(
     until: str | None = None,
     restart: str | None = None,
     rehearsal: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> Run:
     """Carries a run through its stages (up to `until`) and returns it.
 
-    rehearsal: what the run rehearses, kept in resolved.json (plan/rehearsal.py).
+    rehearsal: what the run rehearses, kept in resolved.json (plan/rehearsal.py); origin: how it was
+    asked for (`resolved.describe`).
     Raises UserError for what the user can mend, Interrupted (after saving) when asked to stop.
     """
     for stage in (until, restart):
@@ -78,7 +80,7 @@ def run_recipe(
         world.wait()  # what the leader had to fetch is there now
         if not world.leads:
             return _follow(open_material(recipe), out, device, world, until)
-        run = Run.open(out, name, recipe, plan)
+        run = Run.open(out, name, recipe, plan, origin=origin)
         with run, StopRequest() as stop, Progress(planner.stage_seconds(plan)) as progress:
             if restart is not None:
                 # refuse before anything is thrown away
