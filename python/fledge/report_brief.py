@@ -306,7 +306,7 @@ def source_text(run: Run) -> str:
     if not git:
         return f"fledge {version} as it was installed, not a clone: no revision is known."
     state = "with uncommitted changes" if git["changed"] else "clean: no uncommitted change"
-    return f"fledge {version}, git revision {git['revision']}, {state}."
+    return f"fledge {version}, git revision {git['revision'][:12]}, {state}."
 
 
 # -- what the words mean --------------------------------------------------------------------------

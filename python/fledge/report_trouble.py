@@ -54,7 +54,8 @@ def _of_status(run: Run, stage: str, table: Mapping[str, Any]) -> list[Trouble]:
     else:
         text = f"{stage} failed after {took}"
     text += f" in attempt {attempts}" if attempts > 1 else ""
-    text += f": {record['error']}" if record.get("error") else "."
+    error = " ".join((record.get("error") or "").split()).rstrip(".")
+    text += f": {error}." if error else "."
     log = run.log_file(stage)
     lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
     return [Trouble(text, "\n".join(lines[-LOG_LINES:]))]

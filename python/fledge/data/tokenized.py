@@ -98,10 +98,6 @@ class Epochs:
         self._epoch = -1
         self._order: list[int] = []
 
-    def passes(self, documents: int) -> float:
-        """How often all items were gone through when so many were read."""
-        return documents / len(self.items)
-
     def __call__(self, index: int) -> Any:
         epoch, place = divmod(index, len(self.items))
         if epoch != self._epoch:

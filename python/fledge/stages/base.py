@@ -6,6 +6,7 @@ from typing import Any
 
 from fledge import files
 from fledge.data.loader import Documents
+from fledge.data.shards import ShardedTexts
 from fledge.engine import SamplingParams
 from fledge.model import Transformer
 from fledge.stages.context import StageContext
@@ -40,14 +41,19 @@ def run(ctx: StageContext, *, resume: bool) -> None:
 
 
 def _read(ctx: StageContext, documents: Documents) -> dict[str, Any]:
-    """How many documents the training took, and how often that is all of them (not of a world)."""
+    """How often the training went through a corpus in shards.
+
+    Of text in memory the report counts passes by bytes: the packer cuts long documents, and of a
+    small corpus all that it took may still wait in parts.
+    """
+    order = getattr(documents, "text", None)
+    if not isinstance(order, ShardedTexts):
+        return {}
     latest = ctx.run.latest_checkpoint("base")
     assert latest is not None, "base ends with a checkpoint"
     loader = checkpoint.read_state(latest)["loader"]
-    taken = loader["cursor"] - len(loader["buffer"])
-    order = getattr(documents, "text", None)
-    passes = {"passes": order.passes(taken)} if hasattr(order, "passes") else {}
-    return {"documents_read": taken} | passes
+    taken = max(0, loader["cursor"] - len(loader["buffer"]))
+    return {"documents_read": taken, "passes": order.passes(taken)}
 
 
 def continuations(ctx: StageContext, model: Transformer) -> list[tuple[str, str]]:
