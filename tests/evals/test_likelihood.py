@@ -20,7 +20,6 @@ from fledge.errors import UserError
 from fledge.evals import scoring, tries
 from fledge.evals.core import BY_NAME
 from fledge.evals.core_exam import examine_core_task
-from fledge.evals.records import Share
 from fledge.evals.scoring import Likelihood, Request, loglikelihood, loglikelihood_one_by_one
 from fledge.stats import wilson_interval
 
@@ -236,19 +235,6 @@ def real_rows(n: int) -> list[dict[str, Any]]:
         return " ".join(draw.choice(words) for _ in range(k))
 
     return [{"query": some(5), "choices": [some(2) for _ in range(4)], "gold": 0} for _ in range(n)]
-
-
-def test_ranks_share_an_exam_and_end_with_the_same_records() -> None:
-    task, rows = BY_NAME["copa"], real_rows(1000)
-    whole = examine_core_task(ENGINE, task, rows).records
-    for world_size in (2, 4):
-        parts = [
-            examine_core_task(ENGINE, task, rows, share=Share(rank, world_size)).records
-            for rank in range(world_size)
-        ]
-        joined = sorted((r for part in parts for r in part), key=lambda r: r["id"])
-        assert joined == sorted(whole, key=lambda r: r["id"])  # bitwise
-        assert min(map(len, parts)) > 0
 
 
 def test_an_interrupted_exam_goes_on_and_ends_the_same(tmp_path: Any) -> None:

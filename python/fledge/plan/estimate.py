@@ -78,10 +78,10 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
         measured = 8 * values["base.eval_tokens"] if stage == "base" else 0
         flops = tokens * counts.flops_per_token + measured * forward
         stages[stage] = {"tokens": tokens, "flops": flops, "seconds": 2 + flops / rate}
-    alone = rate / hardware.device_count  # one process does these while the others wait
+    alone = rate / hardware.device_count  # one process does rl while the others wait
     token = 4 * counts.parameters / (hardware.memory_bandwidth * _DECODE_BANDWIDTH_SHARE)
     stages["rl"] = _rl(values, counts.flops_per_token, forward, alone, token)
-    stages["evaluate"] = _evaluate(values, forward, alone)
+    stages["evaluate"] = _evaluate(values, forward, rate)
     seconds = sum(stage["seconds"] for stage in stages.values())
     price = hardware.dollars_per_hour
     for stage in stages.values():
@@ -179,5 +179,5 @@ def _basis(model: ModelConfig, hardware: Hardware) -> str:
         share = f"{_CPU_SHARE:.0%} of the matmul rate, {how}"
     return (
         f"estimates: FLOPs are counted, speed is taken as {share}; "
-        "evaluation and rl, which one process does, are rougher than pretraining"
+        "evaluation and rl (which one process does) are rougher than pretraining"
     )

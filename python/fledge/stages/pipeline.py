@@ -2,9 +2,8 @@
 
 The pipeline resolves the plan, opens the run, and takes the stages in order; each is a function of
 a `StageContext`. In a world of several processes rank 0 leads: it holds the run, decides, and tells
-the others, who share the training of base, mid and sft with it. It owns nothing of what a stage
-does: it decides skip, resume or start by fingerprint, records how a stage ended, and renders the
-report.
+the others, who share base, mid, sft and evaluate with it. It owns nothing of what a stage does: it
+decides skip, resume or start by fingerprint, records how a stage ended, and renders the report.
 """
 
 from __future__ import annotations
@@ -104,12 +103,12 @@ def _stages(until: str | None) -> tuple[str, ...]:
     return STAGES[: last + 1]
 
 
-ALONE = ("tokenizer", "rl", "evaluate")
+ALONE = ("tokenizer", "rl")
 """Stages that rank 0 takes while the others wait."""
 
 
 def _follow(material: Material, out: Path, device: str, world: World, until: str | None) -> Run:
-    """What a rank that does not lead does: the training stages that the leader announces."""
+    """What a rank that does not lead does: the shared stages that the leader announces."""
     with StopRequest() as stop, Silence() as progress:
         for stage in _stages(until):
             state = world.tell(None)
