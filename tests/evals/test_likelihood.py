@@ -208,16 +208,20 @@ def test_shuffled_answers_score_chance() -> None:
     assert low <= 0.25 <= high and result.details["guessing"] == 0.25
 
 
-def shifted(places: np.ndarray) -> np.ndarray:
-    return np.maximum(places - 1, 0)
+class OneTooEarly:
+    """A runner that gives the states of the token before."""
+
+    def __init__(self, real: Any) -> None:
+        self.model, self.head, self._real = real.model, real.head, real
+
+    def states_at(self, ids: Tensor, view: Any, places: Tensor) -> Tensor:
+        return self._real.states_at(ids, view, (places - 1).clamp(min=0))
 
 
 def test_looking_one_token_too_far_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above would fail if the scorer read the logits one position off."""
-    real: Callable[..., Any] = scoring._targets
-    monkeypatch.setattr(
-        scoring, "_targets", lambda m, h, places, targets: real(m, h, shifted(places), targets)
-    )
+    real: Callable[..., Any] = scoring._runner
+    monkeypatch.setattr(scoring, "_runner", lambda engine: OneTooEarly(real(engine)))
     got = loglikelihood(ENGINE, REQUESTS)
     assert furthest(got, PLAIN) > 0.1
     rows = [{"context": f"{i} {i + 1}", "continuation": f"{i + 2} {i + 3}"} for i in range(60)]
