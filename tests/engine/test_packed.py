@@ -15,7 +15,7 @@ from fledge.errors import UserError
 from fledge.evals import tries
 from fledge.evals.scoring import TreeView
 from fledge.model import Transformer
-from fledge.model.attention import naive_attend
+from fledge.model.attention import attend_in_blocks, naive_attend
 from fledge.model.kv_cache import Piece, Segment
 from fledge.products import has_onednn
 
@@ -96,6 +96,19 @@ def test_states_at_places_equal_the_module(count, tree, layers):
     )
     assert len(plain) == len(places) and plain.isfinite().all()
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_in_blocks_equals_its_readable_twin(tokens, rows):
+    """One mask for all rows, or one for each; two queries share a key head."""
+    draw = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(3, heads, tokens, 8, generator=draw) for heads in (4, 2, 2))
+    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool).tril()
+    mask &= torch.rand(mask.shape, generator=draw) < 0.7
+    mask |= torch.eye(tokens, dtype=torch.bool)
+    expected = naive_attend(q, k, v, mask).transpose(1, 2)
+    torch.testing.assert_close(attend_in_blocks(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])

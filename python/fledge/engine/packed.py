@@ -22,7 +22,7 @@ from fledge.engine.attention_plan import DecodePlan, PiecePlan
 from fledge.engine.linears import Linear, SwiGLU, pack, pack_swiglu
 from fledge.engine.runner import DECODE_BUCKET, MaskedView, Runner
 from fledge.model import Transformer
-from fledge.model.attention import attend
+from fledge.model.attention import attend, attend_in_blocks
 from fledge.model.kv_cache import AttentionView, Piece
 from fledge.model.transformer import Block, Decoder
 
@@ -47,16 +47,18 @@ class _Fresh:
     """Attention within a padded batch [B, T] that is not kept: causal from position 0, or as a
     view has it."""
 
-    def __init__(self, batch: int, view: AttentionView | None = None) -> None:
+    def __init__(self, batch: int, width: int, view: AttentionView | None = None) -> None:
         self.batch = batch
         self.view = view
+        seen = torch.ones(width, width, dtype=torch.bool).tril_()
+        self.mask = torch.zeros(width, width).masked_fill_(~seen, float("-inf"))[None, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (
             x.reshape(self.batch, -1, x.shape[1], x.shape[2]).transpose(1, 2) for x in (q, k, v)
         )
         if self.view is None:
-            y = attend(q, k, v, None).transpose(1, 2)
+            y = attend_in_blocks(q, k, v, self.mask)
         else:
             y = self.view.attend(layer, q, k, v)
         return y.reshape(q.shape[0] * q.shape[2], -1)
@@ -189,7 +191,7 @@ class PackedRunner(Runner):
     def hidden_of(self, ids: Tensor) -> Tensor:
         batch, tokens = ids.shape
         positions = [*range(tokens)] * batch
-        return self._pass(ids.flatten().tolist(), positions, _Fresh(batch), None).view(
+        return self._pass(ids.flatten().tolist(), positions, _Fresh(batch, tokens), None).view(
             batch, tokens, -1
         )
 
@@ -200,7 +202,7 @@ class PackedRunner(Runner):
         """As the twin has it; the last layer is computed for the places alone, but for its keys
         and values: nobody reads what it makes of the other tokens."""
         c, (batch, width) = self.config, ids.shape
-        flat, plan = ids.flatten(), _Fresh(batch, view)
+        flat, plan = ids.flatten(), _Fresh(batch, width, view)
         positions = torch.arange(width).repeat(batch) if view is None else view.positions.flatten()
         turns = self._turns[positions]
         if 2 * len(places) > len(flat):  # most are asked for
