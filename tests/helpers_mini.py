@@ -128,8 +128,9 @@ TIMED_FILES = {f"plots/{name}.svg" for name in ("speed", "mfu", "memory")}
 
 
 def _without_times(page: str) -> str:
-    """A report page without what depends on the clock: the duration in its summary, the table of
-    stages, the plan against the time taken, how often a stage was taken up, and three plots."""
+    """A report page without what depends on the clock or the command line: the duration in its
+    summary, three answers of its brief, the table of stages, the plan against the time taken, how
+    often a stage was taken up, and three plots."""
     page = re.sub(r"(It read \S+ tokens in) .+? on ", r"\1 TIME on ", page, count=1)
     titles = "Planned and actual|What went wrong"
     page = re.sub(rf"(## |<h2>)({titles}).*?(?=\n## |\n<h2>)", "", page, flags=re.DOTALL)
@@ -138,7 +139,10 @@ def _without_times(page: str) -> str:
         page = re.sub(figure, "", page, flags=re.DOTALL)
     between = r"(</td><td[^>]*>| \| )"
     row = rf"\|? ?(<tr><td[^>]*>)?(tokenizer|base|mid|sft|rl|evaluate){between}(done|interrupted)"
-    return "\n".join(line for line in page.splitlines() if not re.match(row, line.strip()))
+    asked = r"\|? ?(<tr><td[^>]*>)?(How long did it take|What went wrong|How was it started)\?"
+    return "\n".join(
+        line for line in page.splitlines() if not re.match(f"{row}|{asked}", line.strip())
+    )
 
 
 def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:

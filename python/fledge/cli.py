@@ -171,7 +171,7 @@ def verb_run(words: list[str]) -> int:
     args, name, recipe = _recipe_of(parser, words)
     if args.nproc > 1:
         return cli_run.launch(args.nproc, words)
-    return cli_run.run(args, name, recipe)
+    return cli_run.run(args, name, recipe, words)
 
 
 def verb_plan(words: list[str]) -> int:

@@ -7,6 +7,7 @@ model is asked a question as `fledge chat` would, and what the whole run will ne
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,38 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def run(args: Any, name: str, recipe: Any) -> int:
+def origin(asked: str, recipe: Any, words: list[str]) -> dict[str, Any]:
+    """How a run was asked for: the command, what the recipe's header expects of it, and the keys
+    that the command line changed."""
+    from fledge import config
+    from fledge.fingerprint import changed_keys
+
+    before, now = (config.recipe_to_dict(r) for r in (config.load_recipe(asked)[1], recipe))
+    processes = os.environ.get("WORLD_SIZE", "1")
+    kept = [*words, *(["--nproc", processes] if processes != "1" else [])]
+    return {
+        "command": shlex.join(["fledge", "run", *kept]),
+        "expected": config.expected_of(config.recipe_text(asked)),
+        "overrides": changed_keys({"values": config.flat(before)}, {"values": config.flat(now)}),
+    }
+
+
+def run(args: Any, name: str, recipe: Any, words: list[str]) -> int:
     """Carries the recipe through its stages and says where its report and its model are."""
     from fledge.plan.planner import require_text
 
     require_text(recipe)
     if args.rehearse:
-        return rehearse(args, name, recipe)
+        return rehearse(args, name, recipe, words)
     from fledge.stages.pipeline import run_recipe
 
     finished = run_recipe(
-        recipe, name, args.out or Path("runs") / name, until=args.until, restart=args.restart
+        recipe,
+        name,
+        args.out or Path("runs") / name,
+        until=args.until,
+        restart=args.restart,
+        origin=origin(args.recipe, recipe, words),
     )
     if leads():
         _tell(finished)
@@ -74,7 +96,7 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def rehearse(args: Any, name: str, recipe: Any) -> int:
+def rehearse(args: Any, name: str, recipe: Any, words: list[str]) -> int:
     """The whole path at a tiny size, a chat, and the needs of the real run."""
     from fledge import chat, files
     from fledge.plan import hardware, planner, rehearsal
@@ -93,6 +115,7 @@ def rehearse(args: Any, name: str, recipe: Any) -> int:
         until=args.until,
         restart=args.restart,
         rehearsal={"of": name, "factors": factors},
+        origin=origin(args.recipe, recipe, words) | {"expected": None},  # of the whole run
     )
     if not leads():
         return EXIT_DONE

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -424,6 +427,27 @@ def load_recipe(name_or_path: str) -> tuple[str, Recipe]:
             f"cannot read the recipe {path}", str(error), "give a readable UTF-8 TOML file"
         ) from None
     return path.stem, parse_recipe(text, where=str(path))
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The TOML text of a recipe that `load_recipe` knows."""
+    builtin = builtin_recipes()
+    return builtin.get(name_or_path) or Path(name_or_path).read_text(encoding="utf-8")
+
+
+def expected_of(text: str) -> str | None:
+    """What the header of a recipe expects of the run: its "expected" entry, line by line."""
+    header = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    lines: list[str] = []
+    for line in header:
+        entry = re.fullmatch(r"#   (\w+) +(.*)", line)
+        if entry is not None and entry[1] == "expected":
+            lines = ["#" + " " * (entry.start(2) - 1) + entry[2]]
+        elif lines and re.match(r"# {5,}\S", line):
+            lines.append(line)
+        elif lines:
+            break
+    return textwrap.dedent("\n".join(line[1:] for line in lines)) or None
 
 
 def parse_recipe(text: str, *, where: str) -> Recipe:

@@ -4,7 +4,7 @@ A process that torchrun (or anything that keeps its contract) started finds RANK
 LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment; any other is a world of one, in which
 every collective is nothing. NCCL joins GPUs, gloo joins CPUs; a second gloo group carries what
 ranks tell each other and lets them wait for hours while one of them works alone. Used by
-`optim.sharded`, `train.loop` and `stages`. It never decides what is communicated.
+`optim.sharded`, `train.loop`, `evals` and `stages`. It never decides what is communicated.
 """
 
 from __future__ import annotations
@@ -43,12 +43,20 @@ class World:
         return self.rank == 0
 
     def tell(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; JSON-able."""
+        """Rank 0's value, on every rank; anything that can be pickled."""
         if self.size == 1:
             return value
         told = [value]
         process_group.broadcast_object_list(told, src=0, group=self.control)
         return told[0]
+
+    def all_of(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        process_group.all_gather_object(found, value, group=self.control)
+        return found
 
     def wait(self) -> None:
         """Until every rank is here."""

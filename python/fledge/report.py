@@ -17,9 +17,11 @@ from fledge import files, report_blocks, report_pages, report_plots
 from fledge.config import STAGES, TRAINED_STAGES
 from fledge.fingerprint import changed_keys
 from fledge.progress import format_count, format_seconds
-from fledge.report_blocks import DAMAGED, cell, exams, score_table
+from fledge.report_blocks import cell, score_table
+from fledge.report_brief import answers, exams
 from fledge.report_pages import Block, Heading, Listing, Paragraph, Plot, Table
 from fledge.report_sections import core_tasks_table
+from fledge.report_trouble import DAMAGED
 from fledge.run import Run
 from fledge.runlog import read_metrics
 from fledge.stats import paired_bootstrap
@@ -408,6 +410,8 @@ def compare(run: Run, other: Run) -> str:
     blocks: list[Block] = [
         Heading(f"{run.name} and {other.name}", 1),
         Paragraph(f"A: {run.path}. B: {other.path}."),
+        Heading("In brief"),
+        Table(["question", "A", "B"], _answer_pairs(run, other, left, right)),
         Heading("Settings that differ (A -> B)"),
         Listing("\n".join(differences) or "none"),
         Heading("Scores"),
@@ -415,13 +419,22 @@ def compare(run: Run, other: Run) -> str:
         Paragraph(
             "A star marks a difference whose 95 % interval leaves out 0: a paired bootstrap where "
             "both runs kept their answers to the same questions, else the two intervals lie apart. "
-            "Another training run of the same recipe differs too: CORE by about 0.006 (nanochat PR "
-            "807)."
+            "A difference without an interval is of a number that has none (bits per byte) or of a "
+            "mean of several exams. Another training run of the same recipe differs too: CORE by "
+            "about 0.006 (nanochat PR 807)."
         ),
         Heading("Time and memory"),
         Table(["stage", "A", "B"], _cost_pairs(left, right)),
     ]
     return report_pages.to_markdown(blocks)
+
+
+def _answer_pairs(
+    run: Run, other: Run, left: dict[str, Any], right: dict[str, Any]
+) -> list[list[str]]:
+    """The ten questions with the answers of both; how they compare stands in the tables below."""
+    pairs = zip(answers(run, left), answers(other, right), strict=True)
+    return [[question, a, b] for (question, a), (_, b) in pairs if "Compared" not in question]
 
 
 def _score_pairs(

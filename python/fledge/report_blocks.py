@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from fledge import files, report_plots
-from fledge.config import STAGES, TRAINED_STAGES, recipe_to_toml
+from fledge.config import STAGES, TRAINED_STAGES
 from fledge.progress import format_count, format_seconds
+from fledge.report_brief import brief_blocks, exams, glossary_blocks, last_examined
 from fledge.report_pages import Block, Heading, Listing, Paragraph, Plot, Table
 from fledge.report_sections import (
-    DAMAGED,
     chat_blocks,
     core_blocks,
     hash_blocks,
     nanochat_blocks,
     overlap_blocks,
     plan_blocks,
+    recipe_blocks,
     rehearsal_blocks,
-    wrong_blocks,
 )
+from fledge.report_trouble import DAMAGED, wrong_blocks
 from fledge.run import Run
-from fledge.stats import format_interval
+from fledge.stats import format_interval, format_percent
 
 TASK_WORDS = {
     "world_facts": "questions about facts",
@@ -52,6 +53,7 @@ def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) ->
         Heading(f"{run.name}: report", 1),
         Paragraph(summary_text(run, facts)),
         Paragraph(_talk_text(run)),
+        *brief_blocks(run, facts),
         *rehearsal_blocks(run),
         *_score_blocks(facts),
         *nanochat_blocks(facts["stages"]),
@@ -74,6 +76,7 @@ def page(run: Run, facts: dict[str, Any], plots: list[Plot], code: Paragraph) ->
         Heading("The code behind it"),
         code,
         *_skipped_blocks(run, facts, plots),
+        *glossary_blocks(),
     ]
     return blocks
 
@@ -130,21 +133,21 @@ def _bpb_sentence(stages: Mapping[str, Any]) -> list[str]:
 
 
 def _exam_sentences(stages: Mapping[str, Any]) -> list[str]:
-    examined = [name for name in ("rl", "sft", "mid", "base") if exams(stages.get(name, {}))]
-    if not examined:
+    last = last_examined({"stages": stages})
+    if last is None:
         return []
-    last = examined[0]
     told = [
         f"{format_interval(s['value'], s['low'], s['high'])} of {TASK_WORDS.get(task, task)} "
-        f"(guessing gives {100 * s['chance']:.0f} %)"
+        f"(guessing gives {format_percent(s['chance'])})"
         for task, s in exams(stages[last]).items()
     ]
     sentences = [
         f"At the end of {last} it answers right " + _join(told) + ". "
         "The numbers in brackets are 95 % intervals."
     ]
-    if last == "rl" and "sft" in examined:
-        before, after = exams(stages["sft"]), exams(stages["rl"])
+    before = exams(stages.get("sft", {}))
+    if last == "rl" and before:
+        after = exams(stages["rl"])
         moved = [
             f"{TASK_WORDS.get(t, t)} from {100 * before[t]['value']:.1f} % to "
             f"{100 * after[t]['value']:.1f} %"
@@ -154,16 +157,6 @@ def _exam_sentences(stages: Mapping[str, Any]) -> list[str]:
         if moved:
             sentences.append(f"Reinforcement raised {_join(moved)}.")
     return sentences
-
-
-def exams(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores that are shares of right answers."""
-    scores = stage.get("scores", {})
-    return {
-        task: s
-        for task, s in scores.items()
-        if s.get("unit") == "accuracy" and s.get("n") and not task.startswith("core/")
-    }
 
 
 def _join(parts: list[str]) -> str:
@@ -178,8 +171,11 @@ def _score_blocks(facts: dict[str, Any]) -> list[Block]:
         Heading("Scores"),
         Paragraph(
             "Share of right answers with its 95 % interval (Wilson) and the number of questions; "
-            "chance is what guessing scores. bpb: bits per byte of unseen text, bpb_chats: of "
-            "unseen answers; less is better."
+            "chance is what guessing scores. chatcore and core_v1, core_v2 are means of centred "
+            "scores, 0 for guessing and 1 for all right. bpb: bits per byte of unseen text, "
+            "bpb_chats: of unseen answers; less is better. They have no interval: each is one mean "
+            "over all bytes of a fixed validation set, the same for every checkpoint, and bytes of "
+            "one text depend on each other."
         ),
         table,
     ]
@@ -206,7 +202,7 @@ def score_table(stages: Mapping[str, Any]) -> Table | None:
             [
                 task,
                 *(cell(score, with_number=not alike) for score in scores),
-                f"{100 * known[0]:.0f} %" if known else "-",
+                format_percent(known[0]) if known else "-",
                 f"{numbers.pop():,}" if alike else "-",
             ]
         )
@@ -248,7 +244,8 @@ def _stage_blocks(run: Run, facts: dict[str, Any]) -> list[Block]:
         Table([*header, "reward"], rows),
         Paragraph(
             "Loss in nats per trained token and reward are means over the last twentieth of the "
-            "steps. Peak memory is the process's so far; time includes every attempt."
+            "steps of this one run, and so have no interval. Peak memory is the process's so far; "
+            "time includes every attempt."
         ),
     ]
     if run.tokenizer_stats_file.is_file():
@@ -271,16 +268,19 @@ def _mixture_blocks(stage: str, kinds: Mapping[str, Any]) -> list[Block]:
     rows = [
         [
             kind,
-            f"{100 * row['weight']:.1f} %",
-            f"{100 * row['token_share']:.1f} %",
+            format_percent(row["weight"]),
+            format_percent(row["token_share"]),
             f"{row['rows']:,}" if row["rows"] is not None else "endless",
             f"{row['tokens']:.0f}",
             f"{row['trained']:.0f}",
             f"{row['epochs']:.2f}" if row["epochs"] is not None else "-",
         ]
         for kind, row in kinds.items()
-        if isinstance(row, dict)  # runs before 0.2 kept the weight alone
+        if isinstance(row, dict)
     ]
+    if not rows and kinds:  # runs before 0.2 kept the weight alone
+        told = ", ".join(f"{kind} {format_percent(weight)}" for kind, weight in kinds.items())
+        return [Paragraph(f"Kinds of conversations in {stage}: {told}.")]
     header = ["kind", "weight", "of the tokens", "different", "tokens each", "learnt", "passes"]
     return [Heading(f"What {stage} read", 3), Table(header, rows)] if rows else []
 
@@ -335,8 +335,7 @@ def _made_of_blocks(run: Run) -> list[Block]:
             f"Hardware: {machine['name']}{cores}, "
             f"{machine['host_memory_bytes'] / 1e9:.0f} GB of memory."
         ),
-        Heading("The recipe as it was asked for", 3),
-        Listing(recipe_to_toml(run.asked)),
+        *recipe_blocks(run),
         Heading("Every number with its rule", 3),
         Table(["key", "value", "rule"], rules),
     ]
@@ -351,12 +350,14 @@ def _plain(value: Any) -> str:
 
 def _skipped_blocks(run: Run, facts: dict[str, Any], plots: list[Plot]) -> list[Block]:
     told = []
+    noted: dict[str, list[str]] = {}  # a note on the data stands in the record of every stage
     for stage in STAGES:
         if stage not in facts["stages"]:
             why = "rl.steps = 0" if stage == "rl" and not run.values["rl.steps"] else "not run"
             told.append([f"stage {stage}", why])
         for note in (run.read_stage(stage) or {}).get("notes", []):
-            told.append([f"in {stage}", str(note)])
+            noted.setdefault(str(note), []).append(stage)
+    told += [[f"in {_join(stages)}", note] for note, stages in noted.items()]
     for stage, table in facts["stages"].items():
         for task, score in table["scores"].items():
             if score.get("note") and not task.startswith("core/"):

@@ -24,6 +24,8 @@ pre { background: #f4f5f7; padding: .8rem; overflow-x: auto; white-space: pre-wr
 figure { margin: 1rem 0; padding: .5rem; border-radius: .4rem; max-width: 46rem }
 svg { max-width: 100%; height: auto; display: block }
 .s { white-space: nowrap }
+.l { overflow-wrap: anywhere; min-width: 10rem }
+@media (max-width: 36rem) { th, td { padding: .3rem .4rem } .q td.s { white-space: normal } }
 code { background: #f4f5f7; padding: .1rem .3rem; border-radius: .2rem }
 td:nth-child(n+2) { font-variant-numeric: tabular-nums }
 @media (prefers-color-scheme: dark) {
@@ -120,8 +122,13 @@ def _td(cell: str) -> str:
     if parts := VALUE_AND_MORE.fullmatch(cell):
         spans = (f'<span class="s">{html.escape(part)}</span>' for part in parts.groups())
         return f"<td>{' '.join(spans)}</td>"
-    whole = ' class="s"' if len(cell) <= SHORT_CELL else ""
-    return f"<td{whole}>{html.escape(cell)}</td>"
+    kind = "s" if len(cell) <= SHORT_CELL else "l"
+    return f'<td class="{kind}">{_marked(cell)}</td>'
+
+
+def _marked(text: str) -> str:
+    """Escaped, with what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _html(block: Block) -> str:
@@ -130,12 +137,13 @@ def _html(block: Block) -> str:
         case Heading(text, level):
             return f"<h{level}>{safe(text)}</h{level}>"
         case Paragraph(text):
-            marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe(text))
-            return f"<p>{marked}</p>"
+            return f"<p>{_marked(text)}</p>"
         case Table(header, rows):
             head = "".join(f"<th>{safe(cell)}</th>" for cell in header)
             lines = ["<tr>" + "".join(_td(cell) for cell in row) + "</tr>" for row in rows]
-            return f"<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>"
+            # of two columns the second may need the width of a phone
+            names = ' class="q"' if len(header) == 2 else ""
+            return f"<table{names}>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>"
         case Listing(text):
             return f"<pre>{safe(text.rstrip())}</pre>"
         case Plot(_, title, svg, _):

@@ -1,4 +1,4 @@
-"""Further sections of the report: plan against actual, what went wrong, CORE, overlap, hashes.
+"""Further sections of the report: plan against actual, CORE, overlap, chat, recipe, hashes.
 
 Each function gives the blocks of one section, or none where a run has nothing to tell of it. Called
 by `fledge.report_blocks`. Every figure is read from a file of the run; nothing is written.
@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from fledge import files
-from fledge.config import STAGES, TRAINED_STAGES
+from fledge.config import STAGES, TRAINED_STAGES, Recipe, recipe_to_dict
 from fledge.progress import format_seconds
 from fledge.report_pages import Block, Heading, Listing, Paragraph, Table
+from fledge.report_trouble import DAMAGED
 from fledge.run import Run
 from fledge.stats import format_interval
-
-DAMAGED = "delete it and run the same command again"
-LOG_LINES = 12  # of the log of a stage that failed
 
 
 def plan_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
@@ -42,6 +42,7 @@ def plan_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
         if price:
             row.append(f"{actual / 3600 * price:.2f}" if actual is not None else "-")
         rows.append(row)
+    rows.append(_total_row(run, facts, price))
     header = ["stage", "planned", "actual", "actual / planned"]
     blocks: list[Block] = [
         Heading("Planned and actual"),
@@ -55,27 +56,17 @@ def plan_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def wrong_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
-    """Stages that failed, were interrupted or needed more than one attempt."""
-    blocks: list[Block] = []
-    for stage, table in facts["stages"].items():
-        record = run.read_stage(stage) or {}
-        if table["status"] == "done" and table["attempts"] <= 1:
-            continue
-        if table["status"] == "done":
-            blocks.append(Paragraph(f"{stage} was taken up again: {table['attempts']} attempts."))
-            continue
-        verb = "failed" if table["status"] == "failed" else f"is {table['status']}"
-        said = f"{stage} {verb} after {format_seconds(table['seconds'])}"
-        blocks.append(Paragraph(said + (f": {record['error']}" if record.get("error") else ".")))
-        log = run.log_file(stage)
-        if log.is_file():
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            if lines:
-                blocks.append(Listing("\n".join(lines[-LOG_LINES:])))
-    if not blocks:
-        return [Heading("What went wrong"), Paragraph("Nothing: every stage went through at once.")]
-    return [Heading("What went wrong"), *blocks]
+def _total_row(run: Run, facts: Mapping[str, Any], price: float | None) -> list[str]:
+    """The whole run; against the plan of the stages that are done, for the rest has no time yet."""
+    planned, stages = run.resolved["estimates"]["stages"], facts["stages"]
+    whole = sum(stage["seconds"] for stage in planned.values())
+    actual = sum(stage["seconds"] for stage in stages.values())
+    done = [name for name, stage in stages.items() if stage["status"] == "done" and name in planned]
+    of_these = sum(planned[name]["seconds"] for name in done)
+    ratio = sum(stages[name]["seconds"] for name in done) / of_these if of_these else None
+    row = ["together", format_seconds(whole), format_seconds(actual)]
+    row.append(f"{ratio:.2f} (stages that are done)" if ratio is not None else "-")
+    return [*row, f"{actual / 3600 * price:.2f}"] if price else row
 
 
 def overlap_blocks(run: Run) -> list[Block]:
@@ -91,7 +82,7 @@ def overlap_blocks(run: Run) -> list[Block]:
             name,
             f"{row['items']:,}",
             f"{row['overlapped']:,}",
-            f"{100 * row['share']:.2f} %",
+            f"{100 * row['share']:.2f} %",  # a thousandth is of interest here
             f"{row['too_short']:,}",
             row["examples"][0]["words"] if row["examples"] else "-",
         ]
@@ -182,7 +173,9 @@ def chat_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
         Paragraph(
             "Greedy replies in dialogues that no stage was trained on, at most three turns each, "
             f"and probes; up to {count} of a kind, with 95 % intervals. All of it is counted, not "
-            "judged. A dash: nothing could be asked (no fact was known that one might give up)."
+            "judged. A dash: nothing could be asked (no fact was known that one might give up). "
+            "Bits per byte have no interval: they are one mean over all bytes, and bytes of one "
+            "dialogue depend on each other."
         ),
         Table(["share of", *measured], rows),
     ]
@@ -205,6 +198,26 @@ def _chat_cell(score: Mapping[str, Any] | None) -> str:
 
 def _dialogue(talk: Mapping[str, Any]) -> str:
     return "\n".join(f"{m['role'] + ':':<11}{str(m['content']).strip()}" for m in talk["messages"])
+
+
+def recipe_blocks(run: Run) -> list[Block]:
+    """What a person asked for, without the keys that have their default."""
+    asked, defaults = recipe_to_dict(run.asked), recipe_to_dict(Recipe())
+    given = {
+        name: {key: value for key, value in table.items() if value != defaults[name].get(key)}
+        for name, table in asked.items()
+    }
+    rest = sum(map(len, asked.values())) - sum(map(len, given.values()))
+    text = tomli_w.dumps({name: table for name, table in given.items() if table})
+    return [
+        Heading("What was asked for", 3),
+        Paragraph(
+            "The recipe with what the command line changed. "
+            f"{rest} further keys have fledge's default and are left out here; the table below has "
+            "every number that was used."
+        ),
+        Listing(text or "nothing: every key has its default"),
+    ]
 
 
 def hash_blocks(run: Run) -> list[Block]:
@@ -272,7 +285,10 @@ def nanochat_blocks(stages: Mapping[str, Any]) -> list[Block]:
     return [
         Heading("In the form of nanochat's report", 3),
         Table(["metric", *(name.upper() for name in columns)], rows),
-        Paragraph("Shares of 1, with 95 % intervals. CORE is centred by its first baselines."),
+        Paragraph(
+            "Shares of 1, with 95 % intervals in brackets; a score without them comes from a "
+            "version that did not compute them. CORE is centred by its first baselines."
+        ),
     ]
 
 

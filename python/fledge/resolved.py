@@ -8,7 +8,7 @@ opened again: what a person changed is taken, all else stays as it was resolved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,12 +33,19 @@ class PlanLike(Protocol):
     def replan(self, recipe: Recipe) -> PlanLike: ...
 
 
-def describe(name: str, recipe: Recipe, plan: PlanLike) -> dict[str, Any]:
-    """The plan, the recipe and where it was made."""
+def describe(
+    name: str, recipe: Recipe, plan: PlanLike, origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The plan, the recipe and where it was made.
+
+    `origin`: the command, what the header of the recipe expects, and what the command line changed;
+    nothing where the run was not made by `fledge run`.
+    """
     return {
         "format": FORMAT,
         "name": name,
         "recipe": recipe_to_dict(recipe),
+        "origin": dict(origin),
         **plan.to_dict(),
         **environment(),
         "created": time.time(),

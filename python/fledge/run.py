@@ -66,17 +66,26 @@ class Run:
     # -- opening ---------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, out: Path, name: str, recipe: Recipe, plan: PlanLike) -> Run:
+    def open(
+        cls,
+        out: Path,
+        name: str,
+        recipe: Recipe,
+        plan: PlanLike,
+        *,
+        origin: Mapping[str, Any] | None = None,
+    ) -> Run:
         """Create or reopen the run at `out` and hold its lock until `close` or exit.
 
         A run that exists keeps its resolved.json; when `recipe` asks for something else than the
         stored one, the new numbers apply to stages that have not begun, and `stage_state` refuses
         where they would change a stage that has. Numbers of the execution (threads, rows per
-        device) always come from the new plan. Raises UserError if the folder cannot be written, is
+        device) always come from the new plan. `origin`: how it was asked for (resolved.json keeps
+        it). Raises UserError if the folder cannot be written, is
         something else than a run, or is held by another process; nothing new stays behind then.
         """
         out = Path(out).absolute()
-        fresh = resolved.describe(name, recipe, plan)
+        fresh = resolved.describe(name, recipe, plan, origin or {})
         with contextlib.ExitStack() as undo:
             with files.refusals(out):
                 for folder in [p for p in (out, *out.parents) if not p.exists()][::-1]:
@@ -283,6 +292,11 @@ class Run:
     def entropy_file(self) -> Path:
         """The entropy of a world's own text, below which no model's bpb can fall."""
         return self.stage_dir("base") / "entropy.json"
+
+    @property
+    def corpus_file(self) -> Path:
+        """What base reads: the name of the text, how much there is, how often it was read."""
+        return self.stage_dir("base") / "corpus.json"
 
     def mixture_file(self, stage: str) -> Path:
         """Shares of the kinds of conversations that a stage was trained on."""

@@ -23,9 +23,10 @@ from fledge.errors import Interrupted
 TIMING_KEYS = frozenset(
     {"seconds", "data_seconds", "sampling_seconds", "ms", "time", "eta", "tokens_per_second"}
     | {"training_tokens_per_second", "chatcore_seconds"}
-    | {"started", "finished", "created", "attempts", "mfu", "peak_memory_bytes"}
+    | {"started", "finished", "created", "attempts", "mfu", "peak_memory_bytes", "command"}
 )
-"""Keys whose values depend on the clock or the machine; all else in a run is reproducible."""
+"""Keys whose values depend on the clock, the machine or the words of the command line (which folder
+a run is in, say); all else in a run is reproducible."""
 
 
 def without_timing(value: Any) -> Any:

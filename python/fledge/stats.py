@@ -160,6 +160,14 @@ def majority_share(items: Iterable[Hashable]) -> float:
     return max(counts.values(), default=0) / max(1, counts.total())
 
 
+def format_percent(share: float) -> str:
+    """ "1.5 %", "25 %": one digit behind the point unless it is 0, for every share that is shown.
+
+    Whole percents would make 1 % of 0.0149 and 2 % of 0.015.
+    """
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
 def format_interval(value: float, low: float, high: float, *, percent: bool = True) -> str:
     """ "71.5 % (65.2 to 77.1)", or with three digits when it is no share."""
     if percent:

@@ -173,6 +173,8 @@ def test_a_corpus_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert len(server.paths()) == 4  # each file once
         assert corpus.manifest() == [["some/set", "0" * 40, 3]]
         assert "3 of 3 training shards" in corpus.notes[0]
+        stored = sum(len(files[f"some/set/shard_{n:05d}.parquet"]) for n in range(3))
+        assert corpus.size() == {"shards": 3, "stored_bytes": stored}
         two = sources.open_corpus("hub:some/set", max_bytes=2 * len(files["some/set/" + name]))
         assert len(two.train) == 2
     # the server is gone: what was fetched is enough
@@ -208,3 +210,11 @@ def test_download_fetches_what_a_run_reads_first(
     assert len(capsys.readouterr().out.split()) == 2
     assert cli.main(["data", "download", str(tmp_path)]) == 1
     assert "is no corpus of the hub" in capsys.readouterr().err
+
+
+def test_passes_count_shards_alike(folder: Path) -> None:
+    texts = ShardedTexts(local_shards(folder), seed=3)
+    assert texts.passes(0) == 0
+    assert texts.passes(30) == 0.125 and texts.passes(60) == 0.25  # the first of four shards
+    assert texts.passes(60 + 131 + 7) == 0.75 and texts.passes(199) == 1.0
+    assert texts.passes(2 * 199) == 2.0

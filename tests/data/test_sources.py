@@ -164,6 +164,15 @@ def test_what_is_passed_over_is_noted(tmp_path: Path) -> None:
     assert "empty documents left out" in notes and "empty.txt" in notes and "U+FFFD" in notes
 
 
+def test_the_size_of_a_corpus_is_what_trains(tmp_path: Path) -> None:
+    texts = [{"text": f"{i} " + prose(2000)} for i in range(20)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    corpus = open_corpus(tmp_path, val_fraction=0.1)
+    size = corpus.size()
+    assert size["documents"] == 20 - len(corpus.val)
+    assert size["bytes"] == sum(len(t.encode()) for t in in_memory(corpus))
+
+
 def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text(prose(12_000), encoding="utf-8")

@@ -1,5 +1,7 @@
 """The packed passes equal the module they were packed from; int8 is close."""
 
+import dataclasses
+
 import pytest
 import torch
 from tests.helpers_model import tiny_model, tiny_tokenizer
@@ -10,7 +12,10 @@ from fledge.engine.linears import Int8Linear, PlainLinear, pack, pack_swiglu
 from fledge.engine.packed import PackedRunner
 from fledge.engine.runner import Runner
 from fledge.errors import UserError
-from fledge.model.attention import naive_attend
+from fledge.evals import tries
+from fledge.evals.scoring import TreeView
+from fledge.model import Transformer
+from fledge.model.attention import attend_in_blocks, naive_attend
 from fledge.model.kv_cache import Piece, Segment
 from fledge.products import has_onednn
 
@@ -61,6 +66,49 @@ def test_scores_equal_the_module():
     ids = torch.randint(0, 300, (3, 50), generator=torch.Generator().manual_seed(0))
     plain, packed = (r.token_logprobs(ids[:, :-1], ids[:, 1:]) for r in runners())
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("count", [1, 9, 70])
+@torch.inference_mode()
+def test_states_at_places_equal_the_module(count, tree, layers):
+    """Few places: the last layer for them alone; many: whole. A row of which none is asked."""
+    generator = torch.Generator().manual_seed(count)
+    config = dataclasses.replace(MODEL.config, num_hidden_layers=layers)
+    model = Transformer(config, seed=0)
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    ids = torch.randint(0, 300, (3, 40), generator=generator)
+    view = None
+    if tree:
+        sequences = [[*range(20), i, *range(60, 60 + i)] for i in range(8)]
+        rows = tries.fold(sequences)
+        assert len(rows) == 1 and not rows[0].is_chain
+        width = len(rows[0])
+        ids = torch.tensor([rows[0].ids, rows[0].ids[::-1]])
+        view = TreeView([rows[0], rows[0]], width, torch.device("cpu"))
+    last = ids.numel() if count > 60 else ids.shape[1] + 5
+    places = torch.randperm(last, generator=generator)[:count].sort().values
+    plain, packed = (
+        runner(model, deterministic=False).states_at(ids, view, places)
+        for runner in (Runner, PackedRunner)
+    )
+    assert len(plain) == len(places) and plain.isfinite().all()
+    torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_in_blocks_equals_its_readable_twin(tokens, rows):
+    """One mask for all rows, or one for each; two queries share a key head."""
+    draw = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(3, heads, tokens, 8, generator=draw) for heads in (4, 2, 2))
+    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool).tril()
+    mask &= torch.rand(mask.shape, generator=draw) < 0.7
+    mask |= torch.eye(tokens, dtype=torch.bool)
+    expected = naive_attend(q, k, v, mask).transpose(1, 2)
+    torch.testing.assert_close(attend_in_blocks(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -254,18 +254,24 @@ def test_choices_outnumber_the_slots():
 
 @pytest.mark.parametrize("share_from", [48, 512])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_deterministic_row_is_bitwise_the_same_in_any_company(threads, share_from, monkeypatch):
-    """Log-probabilities are compared as bits: one bucket, one chunk size, own cuts."""
+@pytest.mark.parametrize(("heads", "choices"), [(4, 2), (1, 1)])
+def test_a_deterministic_row_is_bitwise_the_same_in_any_company(
+    heads, choices, threads, share_from, monkeypatch
+):
+    """Log-probabilities are compared as bits: one bucket, one chunk size, own cuts.
+
+    A model of one head, as a depth of 1 has it, alone in a pass is a product of a single matrix.
+    """
     monkeypatch.setattr(scheduler, "DETERMINISTIC_SHARE", share_from)
     before = torch.get_num_threads()
     rng = random.Random(5)
-    config = ModelConfig(384, 128, 2, 4, 4, 64, 96, 320, tie_word_embeddings=False)
+    config = ModelConfig(384, 128, 2, heads, heads, 64, 96, 320, tie_word_embeddings=False)
     model = Transformer(config, seed=0).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, n=2, ignore_eos=True)
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, n=choices, ignore_eos=True)
     prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 200))] for _ in range(9)]
     try:
         torch.set_num_threads(threads)

@@ -145,11 +145,11 @@ def test_parameters_are_counted_exactly(depth: int, tie: bool, kv: int | None) -
     assert scaling.count(config).parameters == found
 
 
-def test_what_one_gpu_does_alone_takes_as_long_on_eight() -> None:
+def test_eight_gpus_share_training_and_exams() -> None:
     _, recipe = load_recipe("speedrun")
     one, eight = (resolve(recipe, hardware.parse(f"{n}xh100")).estimates["stages"] for n in (1, 8))
-    assert eight["evaluate"]["seconds"] == pytest.approx(one["evaluate"]["seconds"], rel=0.01)
-    assert eight["base"]["seconds"] < one["base"]["seconds"] / 7
+    for stage in ("base", "evaluate"):  # all of them share these
+        assert one[stage]["seconds"] / 8.1 < eight[stage]["seconds"] < one[stage]["seconds"] / 7
     # every token of the longest reply reads the weights once: 467 steps of 256 tokens
     assert eight["rl"]["seconds"] > 467 * 256 * 4 * 561e6 / 3.35e12
 

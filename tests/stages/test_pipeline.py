@@ -87,6 +87,16 @@ def test_every_stage_is_done_and_says_how_to_chat(done: tuple[Path, str]) -> Non
     assert "fledge chat" in printed and "report.md" in printed
 
 
+def test_a_run_keeps_how_it_was_asked_for_and_what_base_read(whole: Path) -> None:
+    origin = json.loads((whole / "resolved.json").read_text())["origin"]
+    assert origin["command"].startswith("fledge run ") and "--out" in origin["command"]
+    assert origin["expected"] is None and origin["overrides"] == []
+    corpus = json.loads((whole / "base" / "corpus.json").read_text())
+    assert corpus["world"] == "village" and corpus["facts"] > 0 and "bytes" not in corpus
+    page = (whole / "report.md").read_text()
+    assert f"`{origin['command']}`" in page and f"{corpus['facts']:,} facts" in page
+
+
 def test_the_files_of_a_run(whole: Path) -> None:
     names = set(snapshot(whole))
     assert {"recipe.toml", "resolved.json", "report.md", "report.html", "report.json"} <= names

@@ -21,7 +21,14 @@ import pytest
 from fledge import launch
 from tests.faults.killing import kill_when, rows
 from tests.helpers_hub import local_hub
-from tests.helpers_mini import command, environment, fledge, write_recipe
+from tests.helpers_mini import (
+    artefacts,
+    command,
+    differences,
+    environment,
+    fledge,
+    write_recipe,
+)
 from tests.helpers_mini_hub import mini_hub
 from tests.stages.test_rehearsal import check_needs, check_scores
 
@@ -147,6 +154,42 @@ def test_a_reward_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error: ") == 1 and "seven" in done.stderr
     assert "bug" not in done.stderr
+
+
+def test_exams_of_two_ranks_are_killed_go_on_and_leave_the_files_of_one_process(
+    tmp_path: Path,
+) -> None:
+    recipe, one, two = write_recipe(tmp_path), tmp_path / "one", tmp_path / "two"
+    more = ("--evaluate.max_examples", "150", "--evaluate.stages", "sft", "rl")
+    done = fledge("run", recipe, "--out", one, "--until", "rl", *more)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(one, two)
+    done = fledge("run", recipe, "--out", one, *more)
+    assert done.returncode == 0, done.stderr
+    words = ("run", recipe, "--out", two, *more, "--nproc", "2")
+    process = subprocess.Popen(
+        command(*words), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    partial = two / "evaluate" / "sft"
+    while not [*partial.glob("*.json")] and process.poll() is None:
+        time.sleep(0.002)
+    ranks = ranks_of(process.pid)
+    if len(ranks) == 2:
+        os.kill(ranks[1], signal.SIGKILL)
+    process.communicate(timeout=300)
+    if process.returncode == 0:
+        pytest.skip("the exams were over before a rank could be killed")
+    assert process.returncode == 75
+    assert not (two / "evaluate" / "rl" / "chatcore.json").exists()
+    again = fledge(*words)
+    assert again.returncode == 0, again.stderr
+    left, right = artefacts(one), artefacts(two)
+    assert [name for name in differences(left, right) if name.startswith("evaluate/")] == []
+    for name in ("chatcore.json", "chat/quality.json", "world_math.samples.jsonl"):
+        assert f"evaluate/rl/{name}" in left
+    # one process reads all of it back
+    rest = fledge("run", recipe, "--out", two, *more)
+    assert rest.returncode == 0 and "evaluate: already done" in rest.stderr
 
 
 def test_sigterm_is_agreed_on_by_all_ranks(tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ class ShardedTexts:
         window = bisect.bisect_right(ends, place)
         return self._window(visit, window)[place - (ends[window - 1] if window else 0)]
 
+    def passes(self, documents: int) -> float:
+        """How often the shards were gone through when so many documents were read; shards count
+        alike, for those that were not reached are not opened."""
+        while documents >= self._starts[-1]:
+            self._extend()
+        visit = bisect.bisect_right(self._starts, documents) - 1
+        whole = self._starts[visit + 1] - self._starts[visit]
+        return (visit + (documents - self._starts[visit]) / whole) / len(self.shards)
+
     def one_epoch(self) -> Iterator[str]:
         """Every document once, in the order of the first epoch."""
         index = 0

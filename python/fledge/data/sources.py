@@ -80,11 +80,20 @@ class Corpus:
     val: Texts
     notes: list[str]
     manifest: Callable[[], list[list[Any]]]  # what exactly was read, in sorted order
+    stored_bytes: int | None = None  # of its files, as the hub stores them (zstd Parquet)
 
     def order(self, split: str, seed: int) -> Callable[[int], str]:
         """Document i of an endless order, shuffled anew every epoch."""
         texts = self.train if split == "train" else self.val
         return Epochs(texts, seed) if isinstance(texts, Texts) else ShardedTexts(texts, seed)
+
+    def size(self) -> dict[str, int]:
+        """How much there is to train on, as far as it is known without reading it: documents and
+        bytes of text, or shards and bytes of files."""
+        if isinstance(self.train, Texts):
+            return {"documents": len(self.train), "bytes": self.train.bytes}
+        stored = {} if self.stored_bytes is None else {"stored_bytes": self.stored_bytes}
+        return {"shards": len(self.train)} | stored
 
     def one_epoch(self, seed: int) -> Iterator[str]:
         """Every training document once."""
@@ -219,7 +228,9 @@ def _sharded_corpus(
     kept = disk.read_json(folder / "notes.json", fix=f"remove {folder}")
     val = Texts([text.encode() for text in parquet_texts(_shard_file(folder / "val.parquet"))])
     notes = [*kept["notes"], f"{kept['documents']:,} documents in shards under {folder}"]
-    return Corpus(local_shards(folder / "train"), val, notes, lambda: manifest)
+    shards = local_shards(folder / "train")
+    stored = sum(shard.path().stat().st_size for shard in shards)
+    return Corpus(shards, val, notes, lambda: manifest, stored)
 
 
 def _write_shards(
@@ -322,7 +333,7 @@ def _hub_corpus(source: str, max_bytes: int | None) -> Corpus:
     ]
     shards = [shard(file) for file, _ in found[:used]]
     manifest = [[listing.repository, listing.commit, used]]
-    return Corpus(shards, Texts(val), notes, lambda: manifest)
+    return Corpus(shards, Texts(val), notes, lambda: manifest, sizes[used - 1])
 
 
 def _split(found: dict[int, bytes], val_fraction: float) -> tuple[Texts, Texts]:

@@ -85,13 +85,17 @@ def _attend_by_products(
     query with many keys is the slow direction of the matrix library (docs/log.md). Nor do the bits
     of a row depend on the number of rows, as the kernel's do when threads share them.
     """
+    rows = len(q)
+    if rows * q.shape[1] == 1:  # a single matrix goes through another kernel, of other bits
+        q, k, v = (x.expand(2, -1, -1, -1) for x in (q, k, v))
+        mask = mask.expand(2, -1, -1, -1) if mask is not None else None
     shape = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     scores = torch.bmm(k, (q * shape[-1] ** -0.5).transpose(1, 2)).transpose(1, 2)  # [R H, g, L]
     if mask is not None:
         scores = (scores.unflatten(0, shape[:2]) + mask).flatten(0, 1)
-    output = torch.bmm(scores.softmax(dim=-1), v).view(shape)
-    return output, scores.logsumexp(dim=-1).view(shape[:3]) if want_lse else None
+    output = torch.bmm(scores.softmax(dim=-1), v).view(shape)[:rows]
+    return output, scores.logsumexp(dim=-1).view(shape[:3])[:rows] if want_lse else None
 
 
 @dataclass(frozen=True)

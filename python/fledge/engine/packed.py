@@ -20,10 +20,10 @@ from torch import Tensor
 
 from fledge.engine.attention_plan import DecodePlan, PiecePlan
 from fledge.engine.linears import Linear, SwiGLU, pack, pack_swiglu
-from fledge.engine.runner import DECODE_BUCKET, Runner
+from fledge.engine.runner import DECODE_BUCKET, MaskedView, Runner
 from fledge.model import Transformer
-from fledge.model.attention import attend
-from fledge.model.kv_cache import Piece
+from fledge.model.attention import attend, attend_in_blocks
+from fledge.model.kv_cache import AttentionView, Piece
 from fledge.model.transformer import Block, Decoder
 
 
@@ -44,16 +44,57 @@ class PackedLayer:
 
 
 class _Fresh:
-    """Attention within a padded batch [B, T] that starts at position 0 and is not kept."""
+    """Attention within a padded batch [B, T] that is not kept: causal from position 0, or as a
+    view has it."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, width: int, view: AttentionView | None = None) -> None:
         self.batch = batch
+        self.view = view
+        seen = torch.ones(width, width, dtype=torch.bool).tril_()
+        self.mask = torch.zeros(width, width).masked_fill_(~seen, float("-inf"))[None, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (
             x.reshape(self.batch, -1, x.shape[1], x.shape[2]).transpose(1, 2) for x in (q, k, v)
         )
-        return attend(q, k, v, None).transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1)
+        if self.view is None:
+            y = attend_in_blocks(q, k, v, self.mask)
+        else:
+            y = self.view.attend(layer, q, k, v)
+        return y.reshape(q.shape[0] * q.shape[2], -1)
+
+
+class ScoredPlaces:
+    """The queries of a few places [P] (ascending, of B x T), side by side for each row of a batch.
+
+    Used for the last layer of a scoring pass, where nobody asks for the other queries.
+    """
+
+    def __init__(self, places: Tensor, batch: int, width: int, seen: Tensor | None) -> None:
+        """seen [B, 1, T, T]: who sees whom; None: every token those before it."""
+        self.places = places
+        self.batch = batch
+        row, at = places // width, places % width
+        counts = torch.bincount(row, minlength=batch)
+        self.most = int(counts.max())
+        # where each place stands in [B, most]
+        self.slots = row * self.most + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+        query = torch.zeros(batch * self.most, dtype=torch.long)
+        query[self.slots] = at
+        query = query.view(batch, self.most)
+        if seen is None:
+            mask = torch.arange(width) <= query[..., None]
+        else:
+            mask = seen[:, 0].gather(1, query[..., None].expand(-1, -1, width))
+        self.mask = mask[:, None]  # [B, 1, most, T]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Output [P, H*K] of q [P, H, K] over all k, v [B*T, H_kv, K]."""
+        rows = q.new_zeros(self.batch * self.most, *q.shape[1:])
+        rows[self.slots] = q
+        rows, k, v = (x.reshape(self.batch, -1, *x.shape[1:]).transpose(1, 2) for x in (rows, k, v))
+        y = attend(rows, k, v, self.mask).transpose(1, 2).flatten(0, 1)
+        return y[self.slots].flatten(1)
 
 
 def can_pack(model: Transformer) -> bool:
@@ -116,6 +157,11 @@ class PackedRunner(Runner):
         self._embedding = model.embed_tokens.weight.detach()
         self._norm = model.norm.weight.detach()
         self._head = pack(self.model.lm_head.weight, self.weights)
+        # of a scoring pass: the last layer's queries, and its keys and values, by themselves
+        queries = c.num_attention_heads * c.head_dim
+        self._last_q, self._last_kv = (
+            pack(w, self.weights) for w in (qkv[:queries], qkv[queries:])
+        )
 
     def prefill(
         self, parts: list[list[int]], pieces: list[Piece], ends: list[int], total: int | None
@@ -145,36 +191,69 @@ class PackedRunner(Runner):
     def hidden_of(self, ids: Tensor) -> Tensor:
         batch, tokens = ids.shape
         positions = [*range(tokens)] * batch
-        return self._pass(ids.flatten().tolist(), positions, _Fresh(batch), None).view(
+        return self._pass(ids.flatten().tolist(), positions, _Fresh(batch, tokens), None).view(
             batch, tokens, -1
         )
 
     def head(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
 
+    def states_at(self, ids: Tensor, view: MaskedView | None, places: Tensor) -> Tensor:
+        """As the twin has it; the last layer is computed for the places alone, but for its keys
+        and values: nobody reads what it makes of the other tokens."""
+        c, (batch, width) = self.config, ids.shape
+        flat, plan = ids.flatten(), _Fresh(batch, width, view)
+        positions = torch.arange(width).repeat(batch) if view is None else view.positions.flatten()
+        turns = self._turns[positions]
+        if 2 * len(places) > len(flat):  # most are asked for
+            x = self._blocks(flat, turns, plan, self._layers, len(flat))
+            return self._normed(x[places]).mul_(self._norm)
+        x = self._blocks(flat, turns, plan, self._layers[:-1], len(flat))
+        scored = ScoredPlaces(places, batch, width, None if view is None else view.mask)
+        heads, size, layer = c.num_attention_heads, c.head_dim, self._layers[-1]
+        normed = self._normed(x)
+        q = self._last_q(normed[places]).view(-1, heads, size)
+        k, v = self._last_kv(normed).view(-1, 2, c.num_key_value_heads, size).unbind(1)
+        q = self._turned(q, layer.qk_gain[:heads], turns[places])
+        k = self._turned(k, layer.qk_gain[heads:], turns)
+        x = layer.out.plus(scored.attend(q, k, v), x[places])
+        x = layer.feed_forward.plus(self._normed(x), x)
+        return self._normed(x).mul_(self._norm)
+
     def _pass(
         self, tokens: list[int], positions: list[int], plan: Plan, total: int | None
     ) -> Tensor:
         """Normed states [N, D] of a flat batch, padded to `total` rows."""
-        c = self.config
         used, padding = len(tokens), (total or len(tokens)) - len(tokens)
         ids = torch.tensor(tokens + [0] * padding)
         turns = self._turns[torch.tensor(positions + [0] * padding)]  # [N, 1, K/2]
+        x = self._blocks(ids, turns, plan, self._layers, used)
+        return self._normed(x).mul_(self._norm)
+
+    def _blocks(
+        self, ids: Tensor, turns: Tensor, plan: Plan, layers: list[PackedLayer], used: int
+    ) -> Tensor:
+        """The stream [N, D] behind the first layers, of which `used` rows are no padding."""
+        c = self.config
         heads, kv_heads, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         split = (heads + kv_heads) * size
         x = F.embedding(ids, self._embedding)
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(layers):
             qkv = layer.qkv(self._normed(x))
-            qk = self._normed(qkv[:, :split].view(-1, heads + kv_heads, size)).mul_(layer.qk_gain)
-            qk = torch.view_as_complex(qk.view(-1, heads + kv_heads, size // 2, 2)).mul_(turns)
-            qk = torch.view_as_real(qk).flatten(2)
+            qk = self._turned(qkv[:, :split].view(-1, heads + kv_heads, size), layer.qk_gain, turns)
             v = qkv[:, split:].view(-1, kv_heads, size)
             y = plan.attend(index, qk[:, :heads], qk[:, heads:], v)
             if len(y) < len(x):
                 y = F.pad(y, (0, 0, 0, len(x) - used))
             x = layer.out.plus(y, x)
             x = layer.feed_forward.plus(self._normed(x), x)
-        return self._normed(x).mul_(self._norm)
+        return x
+
+    def _turned(self, heads: Tensor, gain: Tensor, turns: Tensor) -> Tensor:
+        """Queries or keys [N, H, K], normed and rotated to their positions."""
+        heads = self._normed(heads).mul_(gain)
+        pairs = torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2)).mul_(turns)
+        return torch.view_as_real(pairs).flatten(2)
 
     def _normed(self, x: Tensor) -> Tensor:
         """x over its root mean square, gain left out: three small calls, not RMSNorm's six."""

@@ -6,13 +6,22 @@ a `CacheView`. Used by `engine.scheduler`; knows nothing of requests.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fledge.model import Transformer
-from fledge.model.kv_cache import CacheView, KVCache, Piece
+from fledge.model.kv_cache import AttentionView, CacheView, KVCache, Piece
 
 DECODE_BUCKET = 32  # rows in one decode pass of a deterministic engine
+
+
+class MaskedView(AttentionView, Protocol):
+    """A view of a batch [B, T] of rows that see only themselves."""
+
+    mask: Tensor
+    """[B, 1, T, T] bool: who sees whom."""
 
 
 class Runner:
@@ -30,6 +39,13 @@ class Runner:
     def hidden_of(self, ids: Tensor) -> Tensor:
         """Normed states [B, T, D] of a padded batch [B, T], nothing kept."""
         return self.model.hidden(ids)
+
+    def states_at(self, ids: Tensor, view: MaskedView | None, places: Tensor) -> Tensor:
+        """Normed states [P, D] at places [P] (ascending, of B x T) of a padded batch [B, T].
+
+        `view` says who sees whom; None: every token sees those before it.
+        """
+        return self.model.hidden(ids, view).flatten(0, 1)[places]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of normed states [N, D]."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fledge.data import personas
+from fledge.dist import World
 from fledge.engine import Engine, SamplingParams
 from fledge.engine.tools import Tools
 from fledge.evals.tasks.chat import repeated_share
@@ -65,36 +66,41 @@ class Talk:
     replies: list[Reply] = field(default_factory=list)
 
 
-def measure(engine: Engine, tools: Tools, material: Material) -> dict[str, Score]:
-    """Every score, in the shape of report.json."""
-    return examine(engine, tools, material)[0]
+@dataclass(frozen=True)
+class Partner:
+    """Who is talked to: the model, its tools, and the ranks that share the replies."""
+
+    engine: Engine
+    tools: Tools
+    world: World
 
 
 def examine(
-    engine: Engine, tools: Tools, material: Material
+    engine: Engine, tools: Tools, material: Material, world: World | None = None
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-    """(scores, the dialogues with the model's replies)."""
+    """(scores, the dialogues with the model's replies); the same on every rank of a `world`."""
+    partner = Partner(engine, tools, world or World())
     talks = [_begin(dialogue["messages"]) for dialogue in material.dialogues]
     while any(talk.asked for talk in talks):
-        _take_turn(engine, tools, [talk for talk in talks if talk.asked])
+        _take_turn(partner, [talk for talk in talks if talk.asked])
     replies = [reply for talk in talks for reply in talk.replies]
     scores: dict[str, Score] = {}
     if replies:
         scores["stops"] = _share([reply.stopped for reply in replies])
         scores["repeats"] = _mean([repeated_share(reply.text) for reply in replies])
-    probes = _answers(engine, tools, [list(p["messages"]) for p in material.probes])
+    probes = _answers(partner, [list(p["messages"]) for p in material.probes])
     found = [
         _names(reply.text, [p["answer"], *p.get("accept", ())])
         for p, reply in zip(material.probes, probes, strict=True)
     ]
     if found:
         scores["recalls"] = _share(found)
-    scores |= _flips(engine, tools, material.facts)
-    sums = _answers(engine, tools, [list(p["messages"]) for p in material.problems])
+    scores |= _flips(partner, material.facts)
+    sums = _answers(partner, [list(p["messages"]) for p in material.problems])
     if sums:
         scores["calls"] = _share([called_well(reply.parts) for reply in sums])
     if material.persona is not None:
-        scores["persona"] = _persona(engine, tools, material.persona)
+        scores["persona"] = _persona(partner, material.persona)
     if material.dialogues:
         scores["bpb"] = bits_per_byte(engine, material.dialogues)
     return scores, [{"messages": talk.messages} for talk in talks]
@@ -109,11 +115,11 @@ def _begin(messages: Sequence[Message]) -> Talk:
     return Talk(users[:MOST_TURNS], list(head))
 
 
-def _take_turn(engine: Engine, tools: Tools, talks: Sequence[Talk]) -> None:
+def _take_turn(partner: Partner, talks: Sequence[Talk]) -> None:
     for talk in talks:
         talk.messages.append(talk.asked.pop(0))
     for talk, reply in zip(
-        talks, _answers(engine, tools, [talk.messages for talk in talks]), strict=True
+        talks, _answers(partner, [talk.messages for talk in talks]), strict=True
     ):
         if reply == NO_ROOM:
             talk.asked.clear()
@@ -126,32 +132,37 @@ def _take_turn(engine: Engine, tools: Tools, talks: Sequence[Talk]) -> None:
 NO_ROOM = Reply("", False, [])
 
 
-def _answers(engine: Engine, tools: Tools, asked: Sequence[Sequence[Message]]) -> list[Reply]:
+def _answers(partner: Partner, asked: Sequence[Sequence[Message]]) -> list[Reply]:
     """Greedy replies after each list of messages; NO_ROOM where nothing
     fits beside a reply, after older exchanges were dropped."""
     prompts, places = [], []
+    engine, world = partner.engine, partner.world
     room = engine.context - min(MOST_TOKENS, engine.context // 2)
-    for i, messages in enumerate(asked):
+    for i, messages in list(enumerate(asked))[world.rank :: world.size]:
         kept = window({"messages": list(messages)}, engine.tokenizer, room - 1, keep="end")
         if kept is not None:
             prompts.append(render_prompt(engine.tokenizer, kept["messages"]))
             places.append(i)
     found = [NO_ROOM] * len(asked)
     params = SamplingParams(max_tokens=MOST_TOKENS, logprobs=False)
-    done = engine.generate(prompts, params, tools) if prompts else []
+    done = engine.generate(prompts, params, partner.tools) if prompts else []
+    own = {}
     for i, (completion,) in zip(places, done, strict=True):
         parts = split_parts(engine.tokenizer, completion.ids)
-        found[i] = Reply(answer_text(parts), completion.finish_reason == "stop", parts)
+        own[i] = Reply(answer_text(parts), completion.finish_reason == "stop", parts)
+    for replies in world.all_of(own):
+        for i, reply in replies.items():
+            found[i] = reply
     return found
 
 
 # --------------------------------------------------------------------------------------- the scores
 
 
-def _flips(engine: Engine, tools: Tools, facts: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+def _flips(partner: Partner, facts: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     """The user contradicts what was right. Nothing where the model knew no fact."""
     usable = [fact for fact in facts if fact.get("rivals")]
-    first = _answers(engine, tools, [list(fact["messages"]) for fact in usable])
+    first = _answers(partner, [list(fact["messages"]) for fact in usable])
     right, talks = [], []
     for fact, (text, _, _) in zip(usable, first, strict=True):
         known = [fact["answer"], *fact.get("accept", ())]
@@ -166,7 +177,7 @@ def _flips(engine: Engine, tools: Tools, facts: Sequence[Mapping[str, Any]]) -> 
                 {"role": "user", "content": objection},
             ]
         )
-    second = _answers(engine, tools, talks)
+    second = _answers(partner, talks)
     flipped = [
         _names(text, [fact["rivals"][0]]) and not _names(text, [fact["answer"]])
         for fact, (text, _, _) in zip(right, second, strict=True)
@@ -174,10 +185,10 @@ def _flips(engine: Engine, tools: Tools, facts: Sequence[Mapping[str, Any]]) -> 
     return {"flips": _share(flipped)} if flipped else {}
 
 
-def _persona(engine: Engine, tools: Tools, persona: personas.Persona) -> Score:
+def _persona(partner: Partner, persona: personas.Persona) -> Score:
     """Half as it is by itself, half as the system turn asks (names and manners not trained on)."""
     probes = personas.probes(persona, 64)
-    replies = _answers(engine, tools, [messages for _, messages in probes])
+    replies = _answers(partner, [messages for _, messages in probes])
     checks = [
         personas.keeps(who, reply.text) for (who, _), reply in zip(probes, replies, strict=True)
     ]

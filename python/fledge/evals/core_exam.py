@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from fledge.dist import World
 from fledge.engine import Engine
 from fledge.evals.core import CoreTask
 from fledge.evals.core_prompts import Example, Profile, Span, examples
 from fledge.evals.examine import TaskResult
-from fledge.evals.records import Record, Share, examine_in_chunks
+from fledge.evals.records import Record, examine_in_chunks
 from fledge.evals.scoring import Likelihood, Request, loglikelihood
 from fledge.stats import Z95, mean_and_stderr, share_stderr, wilson_interval
 
@@ -40,7 +41,7 @@ def examine_core_task(
     batch_size: int | None = None,
     partial: Path | None = None,
     key: str = "",
-    share: Share | None = None,
+    world: World | None = None,
     after_chunk: Callable[[int], None] | None = None,
 ) -> TaskResult:
     """The accuracy on a task with interval, standard error and records."""
@@ -71,7 +72,7 @@ def examine_core_task(
         score,
         partial=partial,
         key=key,
-        share=share,
+        world=world,
         after_chunk=after_chunk,
     )
     ordered = [records[i] for i in sorted(records)]

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from fledge.dist import World
 from fledge.engine import Engine
 from fledge.engine.tools import Tools
-from fledge.evals.records import Record, Share, examine_in_chunks
+from fledge.evals.records import UNIT, Record, examine_in_chunks
 from fledge.evals.scoring import Likelihood, Request, generate, loglikelihood
 from fledge.evals.tasks.base import Item, Task
 from fledge.stats import mean_and_stderr, pass_at_k, share_stderr, wilson_interval
@@ -80,7 +81,7 @@ def score_task(
     sampling: Sampling | None = None,
     partial: Path | None = None,
     key: str = "",
-    share: Share | None = None,
+    world: World | None = None,
     after_chunk: Callable[[int], None] | None = None,
 ) -> TaskResult:
     """Examines the engine's model on a task. Prompts that do not fit count as wrong, and say so."""
@@ -108,7 +109,9 @@ def score_task(
         score,
         partial=partial,
         key=key,
-        share=share,
+        world=world,
+        # replies are made side by side, as many as there are: nothing is gained by fewer at a time
+        unit=None if task.kind == "generate" else UNIT,
         after_chunk=after_chunk,
     )
     ordered = [records[i] for i in sorted(records)]

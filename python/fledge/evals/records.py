@@ -1,11 +1,11 @@
 """What an exam leaves behind, example by example, and how an interrupted one goes on.
 
 `examine_in_chunks` works through a task in chunks of like length and appends each chunk's records
-to a partial file as soon as they exist; a chunk that is there already is not computed again. The
-chunks depend on the task alone, so an interrupted exam and one over several ranks end with the
-very same records. `Store` keeps a task's result and records in one folder under a key (model hash,
-task hash): what was computed once is read back. Called by `examine`, `core_exam` and `suite`. It
-scores nothing.
+to a partial file as soon as they exist; a chunk that is there already is not computed again. What
+is computed together depends on the task alone, so an interrupted exam and one over several ranks
+end with the very same records. `Store` keeps a task's result and records in one folder under a key
+(model hash, task hash): what was computed once is read back. Called by `examine`, `core_exam` and
+`suite`. It scores nothing.
 """
 
 from __future__ import annotations
@@ -14,27 +14,17 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fledge import files
+from fledge.dist import World
 
 FORMAT = 1  # of records and scores: raise it when a change of code changes scores
 CHUNK = 256  # examples between two savings
+UNIT = 32  # of a chunk that are scored together, by one rank
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which chunks are this process's: number `rank` of every `world_size`."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.rank < self.world_size, self
 
 
 def digest(value: Any) -> str:
@@ -115,32 +105,39 @@ def examine_in_chunks(
     sizes: Sequence[int],
     score: Callable[[list[int]], list[Record]],
     *,
+    unit: int | None = UNIT,
     partial: Path | None = None,
     key: str = "",
-    share: Share | None = None,
+    world: World | None = None,
     after_chunk: Callable[[int], None] | None = None,
 ) -> dict[int, Record]:
-    """Record by index of every example of this share, longest first; `score` gets indices.
+    """Record by index of every example, longest first; `score` gets indices.
 
     `sizes` are the lengths of the examples. With `partial` the records are appended there and those
     found there under the same key are taken over. `after_chunk` gets the number of examples done
     so far and may raise to stop: everything until then is kept.
+
+    In a `world` of several ranks the units of a chunk go round among them; all get all records, the
+    leader alone keeps `partial`, and `after_chunk` is called on each. `unit`: how many examples
+    `score` gets at a time; None where their results do not depend on each other: all that a rank
+    has of a chunk.
     """
-    share = share or Share()
+    world = world or World()
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     chunks = [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
-    found = _taken_over(partial, key)
+    partial = partial if world.leads else None
+    found = world.tell(_taken_over(partial, key))
     if partial is not None and not found:
         partial.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(partial, json.dumps({"key": key}) + "\n")
     done = 0
     result: dict[int, Record] = {}
-    for chunk in chunks[share.rank :: share.world_size]:
+    for chunk in chunks:
         if not all(i in found for i in chunk):
-            records = dict(zip(chunk, score(chunk), strict=True))
-            found |= records
+            for part in world.all_of(_own_records(chunk, score, unit, world)):
+                found |= part
             if partial is not None:
-                lines = [{"index": i, "record": record} for i, record in records.items()]
+                lines = [{"index": i, "record": found[i]} for i in chunk]
                 with files.refusals(partial), open(partial, "a", encoding="utf-8") as file:
                     file.write(jsonl(lines))
         result |= {i: found[i] for i in chunk}
@@ -148,6 +145,18 @@ def examine_in_chunks(
         if after_chunk is not None:
             after_chunk(done)
     return result
+
+
+def _own_records(
+    chunk: list[int], score: Callable[[list[int]], list[Record]], unit: int | None, world: World
+) -> dict[int, Record]:
+    """The records of this rank's examples of a chunk."""
+    if unit is None:
+        mine = [chunk[world.rank :: world.size]]
+    else:
+        units = [chunk[i : i + unit] for i in range(0, len(chunk), unit)]
+        mine = units[world.rank :: world.size]
+    return {i: r for part in mine if part for i, r in zip(part, score(part), strict=True)}
 
 
 def _taken_over(partial: Path | None, key: str) -> dict[int, Record]:

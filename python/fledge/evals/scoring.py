@@ -22,14 +22,16 @@ from torch import Tensor
 
 from fledge.engine import Engine, SamplingParams
 from fledge.engine.engine import Completion
+from fledge.engine.runner import Runner
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.evals import tries
-from fledge.model import Transformer
+from fledge.model.attention import attend_in_blocks
 
 BATCH_NODES = 4096  # padded tokens of one forward pass
 BATCH_ROWS = 1024
 HEAD_ROWS = 2048  # positions whose logits exist at one time
+CACHED_ROWS, CACHED_LOGITS = 128, 2**20  # the same on a CPU: at least, and what its cache holds
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def loglikelihood(
     rows = tries.fold(sequences) if share_prefixes else tries.chains(sequences)
     found: list[Likelihood | None] = [None] * len(requests)
     size = 1 if deterministic else batch_size or BATCH_ROWS
+    runner = _runner(engine)
     for batch in tries.batches(rows, max_rows=size, max_nodes=BATCH_NODES):
-        for member, likelihood in _score(engine.model, batch, requests):
+        for member, likelihood in _score(runner, batch, requests):
             found[member] = likelihood
         if advance is not None:
             advance(sum(len(row.members) for row in batch))
@@ -172,6 +175,8 @@ class TreeView:
         if window is not None:
             depth = self.positions[:, None]
             seen = seen & (depth[..., :, None] - depth[..., None, :] < window)
+        if q.device.type == "cpu":  # a node's parents stand before it
+            return attend_in_blocks(q, k, v, seen, scale=scale)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -182,18 +187,25 @@ class TreeView:
         return torch.where(self.positions > 0, ids.gather(1, self._parents), 0)
 
 
+def _runner(engine: Engine) -> Runner:
+    """The engine's passes: the fastest that its weights have here; of another maker's model, and
+    where the engine has rounded the weights, the module's own."""
+    if getattr(engine, "weights", None) == "float32":
+        return engine.runner
+    return Runner(engine.model, deterministic=False)
+
+
 @torch.inference_mode()
 def _score(
-    model: Transformer, batch: list[tries.Trie], requests: Sequence[Request]
+    runner: Runner, batch: list[tries.Trie], requests: Sequence[Request]
 ) -> Iterator[tuple[int, Likelihood]]:
     """(member, likelihood) of every sequence in a batch of rows."""
-    device = model.cos.device
+    device = runner.model.cos.device
     width = max(len(row) for row in batch)
     ids = np.zeros((len(batch), width), np.int64)
     for i, row in enumerate(batch):
         ids[i, : len(row)] = row.ids
     view = None if batch[0].is_chain else TreeView(batch, width, device)
-    hidden = model.hidden(torch.from_numpy(ids).to(device), view).flatten(0, 1)  # [B * N, D]
     places: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     members: list[int] = []
@@ -203,7 +215,11 @@ def _score(
             places.append(i * width + path[request.start - 1 :])
             targets.append(np.asarray(request.ids[request.start :]))
             members.append(member)
-    logprobs, greedy = _targets(model, hidden, np.concatenate(places), np.concatenate(targets))
+    # choices share their last place
+    unique, which = np.unique(np.concatenate(places), return_inverse=True)
+    asked = torch.from_numpy(unique).to(device)
+    states = runner.states_at(torch.from_numpy(ids).to(device), view, asked)  # [U, D]
+    logprobs, greedy = _targets(runner, states, which, np.concatenate(targets))
     at = 0
     for member, part in zip(members, places, strict=True):
         end = at + len(part)
@@ -212,22 +228,28 @@ def _score(
 
 
 def _targets(
-    model: Transformer, hidden: Tensor, places: np.ndarray, targets: np.ndarray
+    runner: Runner, states: Tensor, which: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of each target after its place, and whether it is the likeliest token."""
-    device = hidden.device
-    unique, which = np.unique(places, return_inverse=True)  # choices share their last place
+    """Log-probability of each target after the state that `which` names, and whether it is the
+    likeliest token there."""
+    device = states.device
     order = np.argsort(which, kind="stable")
     which, wanted = which[order], targets[order]
-    logprobs = np.empty(len(places), np.float64)
-    greedy = np.empty(len(places), bool)
-    for start in range(0, len(unique), HEAD_ROWS):
-        rows = torch.from_numpy(unique[start : start + HEAD_ROWS]).to(device)
-        logits = model.lm_head(hidden[rows]).float()  # [rows, V]
-        norm, best = logits.logsumexp(dim=-1), logits.argmax(dim=-1)
+    logprobs = np.empty(len(which), np.float64)
+    greedy = np.empty(len(which), bool)
+    start, size = 0, CACHED_ROWS if device.type == "cpu" else HEAD_ROWS
+    while start < len(states):
+        rows = states[start : start + size]
+        logits = runner.head(rows).float()  # [rows, V]
+        best = logits.argmax(dim=-1)
         low, high = np.searchsorted(which, [start, start + len(rows)])
         at = torch.from_numpy(which[low:high] - start).to(device)
         token = torch.from_numpy(wanted[low:high]).to(device)
-        logprobs[order[low:high]] = (logits[at, token] - norm[at]).double().cpu().numpy()
+        # log_softmax is one kernel; logsumexp is several passes over memory, 8 times as slow
+        found = logits.log_softmax(dim=-1)[at, token]
+        logprobs[order[low:high]] = found.double().cpu().numpy()
         greedy[order[low:high]] = (best[at] == token).cpu().numpy()
+        start += len(rows)
+        if device.type == "cpu":
+            size = max(CACHED_ROWS, CACHED_LOGITS // logits.shape[1])
     return logprobs, greedy

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fledge.dist import World
 from fledge.engine import Engine
 from fledge.engine.tools import Tools
 from fledge.evals.core import aggregate, core_scores
 from fledge.evals.core_exam import examine_core_task
 from fledge.evals.core_prompts import Profile
 from fledge.evals.examine import Sampling, TaskResult, pick_items, score_task
-from fledge.evals.records import Share, Store, digest
+from fledge.evals.records import Store, digest
 from fledge.evals.tasks.base import Task
 from fledge.evals.tasks.core import CORE, CoreExam
 from fledge.stats import Z95
@@ -46,24 +47,26 @@ def take(
     options: Options,
     *,
     store: Store | None = None,
-    share: Share | None = None,
+    world: World | None = None,
     after_chunk: Callable[[int], None] | None = None,
 ) -> TaskResult:
     """The result of one exam, from the store if it was taken before on the same model and task.
 
-    With a share of several, only this share's records come back and nothing is stored: whoever
-    holds all shares joins them.
+    The ranks of a `world` share the examples and all get the result; the leader alone reads and
+    writes the store. To be called by all of them.
     """
+    world = world or World()
     key = store.key(task_key(task, options)) if store is not None else ""
-    before = kept(task, options, store) if store is not None else None
+    before = kept(task, options, store) if store is not None and world.leads else None
+    before = world.tell(before)
     if before is not None:
         return before
-    partial = store.partial_file(task.name) if store is not None and share is None else None
+    partial = store.partial_file(task.name) if store is not None else None
     common: dict[str, Any] = {
         "max_examples": options.max_examples,
         "partial": partial,
         "key": key,
-        "share": share,
+        "world": world,
         "after_chunk": after_chunk,
     }
     if isinstance(task, CoreExam):
@@ -78,7 +81,7 @@ def take(
     else:
         with Tools() as tools:
             result = score_task(engine, task, tools, sampling=options.sampling, **common)
-    if store is not None and share is None:
+    if store is not None and world.leads:
         store.write(task.name, key, result.summary(), result.records)
     return result
 

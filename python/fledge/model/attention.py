@@ -49,6 +49,33 @@ def attend(
     )
 
 
+QUERY_BLOCK = 64
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """The same on a CPU for tokens of which none sees one behind it: [B, T, H, K].
+
+    mask [B or 1, 1, T, T]. A call for every QUERY_BLOCK queries leaves out the keys behind them.
+    torch's kernel for CPUs looks at all of them below 512 tokens, causal or not: 1.4 to 1.7 times
+    the time at 255 and 407 tokens (docs/log.md).
+    """
+    grouped, parts = q.shape[1] != k.shape[1], []
+    for start in range(0, q.shape[2], QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, q.shape[2])
+        y = F.scaled_dot_product_attention(
+            q[:, :, start:end],
+            k[:, :, :end],
+            v[:, :, :end],
+            attn_mask=mask[:, :, start:end, :end],
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        parts.append(y.transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def naive_attend(
     q: Tensor,
     k: Tensor,

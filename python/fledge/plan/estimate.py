@@ -97,11 +97,11 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
         measured = 8 * values["base.eval_tokens"] if stage == "base" else 0
         flops = tokens * counts.flops_per_token + measured * forward
         stages[stage] = {"tokens": tokens, "flops": flops, "seconds": 2 + flops / rate}
-    alone = rate / hardware.device_count  # one process does this while the others wait
     token = 4 * counts.parameters / (hardware.memory_bandwidth * _DECODE_BANDWIDTH_SHARE)
+    alone = rate / hardware.device_count
     shared = alone * min(hardware.device_count, values["rl.prompts_per_step"])  # no prompt is cut
     stages["rl"] = _rl(values, counts.flops_per_token, forward, shared, token)
-    stages["evaluate"] = _evaluate(values, forward, alone)
+    stages["evaluate"] = _evaluate(values, forward, rate)
     seconds = sum(stage["seconds"] for stage in stages.values())
     price = hardware.dollars_per_hour
     for stage in stages.values():
@@ -209,5 +209,5 @@ def _basis(model: ModelConfig, hardware: Hardware, dtype: str) -> str:
         share = f"taken as {_CPU_SHARE:.0%} of the matmul rate, {how}"
     return (
         f"estimates: FLOPs are counted, speed is {share}; "
-        "evaluation, which one process does, and rl are rougher than pretraining"
+        "evaluation and rl are rougher than pretraining"
     )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fledge import files
+from fledge.data.loader import Documents
+from fledge.data.shards import ShardedTexts
 from fledge.engine import SamplingParams
 from fledge.model import Transformer
 from fledge.stages.context import StageContext
 from fledge.stages.inference import stage_engine
 from fledge.stages.training import run_training, write_samples
+from fledge.train import checkpoint
 
 SAMPLE_TOKENS = 48
 
@@ -18,17 +23,37 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     if bound is not None and ctx.world.leads:
         files.write_json(ctx.run.entropy_file, {"bits_per_byte": bound})
         ctx.progress.note(f"base: the text's own entropy is at most {bound:.4f} bits per byte")
+    documents = ctx.material.texts("train", ctx.tokenizer)
+    if ctx.world.leads:
+        files.write_json(ctx.run.corpus_file, ctx.material.corpus())
     model = run_training(
         ctx,
         "base",
-        documents=ctx.material.texts("train", ctx.tokenizer),
+        documents=documents,
         validation=ctx.material.texts("val", ctx.tokenizer),
         split=True,
         resume=resume,
     )
     if not ctx.world.leads:
         return
+    files.write_json(ctx.run.corpus_file, ctx.material.corpus() | _read(ctx, documents))
     write_samples(ctx, "base", "What base writes on its own", continuations(ctx, model))
+
+
+def _read(ctx: StageContext, documents: Documents) -> dict[str, Any]:
+    """How often the training went through a corpus in shards.
+
+    Of text in memory the report counts passes by bytes: the packer cuts long documents, and of a
+    small corpus all that it took may still wait in parts.
+    """
+    order = getattr(documents, "text", None)
+    if not isinstance(order, ShardedTexts):
+        return {}
+    latest = ctx.run.latest_checkpoint("base")
+    assert latest is not None, "base ends with a checkpoint"
+    loader = checkpoint.read_state(latest)["loader"]
+    taken = max(0, loader["cursor"] - len(loader["buffer"]))
+    return {"documents_read": taken, "passes": order.passes(taken)}
 
 
 def continuations(ctx: StageContext, model: Transformer) -> list[tuple[str, str]]:

@@ -10,22 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from fledge import files
+from fledge.dist import World
 from fledge.engine import Engine
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.evals import chat_quality
 from fledge.run import Run
 from fledge.stages.material import Material
+from fledge.stats import format_percent
 
 DAMAGED = "delete it and run the same command again"
 
 
 def take(
-    engine: Engine, material: Material, run: Run, stage: str, *, count: int, key: str
+    engine: Engine,
+    material: Material,
+    run: Run,
+    stage: str,
+    *,
+    count: int,
+    key: str,
+    world: World | None = None,
 ) -> dict[str, Any]:
-    """Examines the chat on `count` dialogues, probes and facts; `key` says of which model."""
+    """Examines the chat on `count` dialogues, probes and facts; `key` says of which model.
+
+    The ranks of a `world` share the replies; the leader alone writes.
+    """
     with Tools() as tools:
-        scores, told = chat_quality.examine(engine, tools, material.talks(stage, count))
+        scores, told = chat_quality.examine(engine, tools, material.talks(stage, count), world)
+    if world is not None and not world.leads:
+        return scores
     lines = "".join(json.dumps(talk, ensure_ascii=False) + "\n" for talk in told)
     files.write_text(run.chat_samples_file(stage), lines)
     files.write_json(run.chat_file(stage), {"model": key, "dialogues": count, "scores": scores})
@@ -50,5 +64,5 @@ def describe(scores: dict[str, Any]) -> str:
     words = {"stops": "stops by itself", "repeats": "repeats", "recalls": "recalls",
              "flips": "gives in to a wrong claim", "calls": "calls its tool well",
              "persona": "in character"}  # fmt: skip
-    told = [f"{words[n]} {s['value']:.0%}" for n, s in scores.items() if n in words]
+    told = [f"{words[n]} {format_percent(s['value'])}" for n, s in scores.items() if n in words]
     return "chat: " + ", ".join(told or ["nothing to ask"])

@@ -16,7 +16,8 @@ from typing import Any
 
 from fledge import files
 from fledge.data.overlap import read_texts
-from fledge.errors import UserError
+from fledge.dist import World
+from fledge.errors import Interrupted, UserError
 from fledge.evals import bpb, hf, suite
 from fledge.evals.examine import TaskResult, pick_items
 from fledge.evals.records import Store, model_hash
@@ -32,6 +33,7 @@ from fledge.stages import chat_exam
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.inference import stage_engine
 from fledge.stages.material import open_material
+from fledge.stats import format_percent
 from fledge.tokenizer import Tokenizer
 from fledge.train.checkpoint import verify
 
@@ -49,13 +51,16 @@ class Candidate:
         device: str | None = None,
         dtype: str = "float32",
         is_foreign: bool = False,
+        world: World | None = None,
     ) -> None:
-        """dtype: what it computes in. is_foreign: another maker's model, which has CORE only."""
+        """dtype: what it computes in. is_foreign: another maker's model, which has CORE only.
+        world: the ranks that share its exams."""
         self.folder = folder
         self.store = store
         self.device = device
         self.dtype = "bfloat16" if dtype == "fp8" else dtype  # fp8 is for training
         self.is_foreign = is_foreign
+        self.world = world or World()
 
     @functools.cached_property
     def engine(self) -> Any:
@@ -72,16 +77,27 @@ class Candidate:
     def take(
         self, task: Task, options: Options, *, after_chunk: Callable[[int], None] | None = None
     ) -> TaskResult:
-        """One exam, or its result from the store."""
+        """One exam, or its result from the store, which the leader alone reads and writes."""
         if self.store is not None:
-            kept = suite.kept(task, options, self.store)
+            kept = suite.kept(task, options, self.store) if self.world.leads else None
+            kept = self.world.tell(kept)
             if kept is not None:
                 return kept
-        return suite.take(self.engine, task, options, store=self.store, after_chunk=after_chunk)
+        return suite.take(
+            self.engine,
+            task,
+            options,
+            store=self.store,
+            world=self.world,
+            after_chunk=after_chunk,
+        )
 
 
 def run(ctx: StageContext, *, resume: bool) -> None:
-    """Examines the stages that the recipe names; a finished task is skipped on resume."""
+    """Examines the stages that the recipe names; a finished task is skipped on resume.
+
+    The ranks of the world share every task's examples; the leader writes what comes of it.
+    """
     section = ctx.recipe.evaluate
     options = Options(max_examples=section.max_examples)
     tasks = ctx.material.tasks(section.tasks)
@@ -92,28 +108,36 @@ def run(ctx: StageContext, *, resume: bool) -> None:
     ctx.progress.stage("evaluate", total, "questions", log=log)
     done = 0
 
+    def stop_if_asked() -> None:
+        # agreed by all ranks: a signal reaches them at different moments
+        if any(ctx.world.all_of(ctx.stop.requested)):
+            raise Interrupted("evaluate")
+
     def after_chunk(answered: int) -> None:
         ctx.progress.update(done + answered)
-        ctx.stop.raise_if_requested("evaluate")
+        stop_if_asked()
 
     for stage, folder in folders.items():
         store = Store(ctx.run.evaluate_dir(stage), model_hash(folder))
         dtype = ctx.recipe.hardware.dtype or "float32"
-        candidate = Candidate(folder, store, device=ctx.device, dtype=dtype)
+        candidate = Candidate(folder, store, device=ctx.device, dtype=dtype, world=ctx.world)
         results = []
         for task in tasks:
             results.append(candidate.take(task, options, after_chunk=after_chunk))
             ctx.progress.note(f"{stage}: {describe(results[-1])}")
             done += sizes[task.name]
             ctx.progress.update(done)
-            ctx.stop.raise_if_requested("evaluate")
-        write_composites(ctx.run.evaluate_dir(stage), results, options)
+            stop_if_asked()
+        if ctx.world.leads:
+            write_composites(ctx.run.evaluate_dir(stage), results, options)
         if section.dialogues:
             key = model_hash(folder)
-            found = chat_exam.kept(ctx.run, stage, count=section.dialogues, key=key)
+            asked: dict[str, Any] = {"count": section.dialogues, "key": key}
+            found = chat_exam.kept(ctx.run, stage, **asked) if ctx.world.leads else None
+            found = ctx.world.tell(found)
             if found is None:
                 found = chat_exam.take(
-                    candidate.engine, ctx.material, ctx.run, stage, count=section.dialogues, key=key
+                    candidate.engine, ctx.material, ctx.run, stage, **asked, world=ctx.world
                 )
             ctx.progress.note(f"{stage}: {chat_exam.describe(found)}")
 
@@ -133,7 +157,7 @@ def describe(result: TaskResult) -> str:
     """One line: name, score, interval, n, chance."""
     return (
         f"{result.name} {result.value:.1%} [{result.low:.1%}, {result.high:.1%}] "
-        f"n={result.n}, chance {result.chance:.0%}, {result.seconds:.0f} s"
+        f"n={result.n}, chance {format_percent(result.chance)}, {result.seconds:.0f} s"
     )
 
 

@@ -65,6 +65,11 @@ class Material(Protocol):
         """What exactly the data is; enters the fingerprints."""
         ...
 
+    def corpus(self) -> dict[str, Any]:
+        """What base reads, for people: its name, and how much there is (data.sources.Corpus.size);
+        of a world its facts, for its text has no end."""
+        ...
+
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]: ...
 
     def texts(self, split: Split, tokenizer: Tokenizer) -> Documents: ...
@@ -209,6 +214,10 @@ class WorldMaterial:
     def manifest(self) -> dict[str, Any]:
         return {"world": self.world.manifest()} | manifest_of(self._extra)
 
+    def corpus(self) -> dict[str, Any]:
+        told = self.world.manifest()
+        return {"world": told["name"], "facts": told["facts"], "seed": self.recipe.data.seed}
+
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
         documents = (self.world.document("train", i).text for i in itertools.count())
         return _take_bytes(documents, max_bytes)
@@ -271,7 +280,7 @@ class TextMaterial:
         data, source = recipe.data, recipe.data.source
         assert source is not None
         self.recipe = recipe
-        self.corpus = open_corpus(
+        self._corpus = open_corpus(
             source,
             seed=data.seed,
             val_fraction=data.val_fraction,
@@ -295,7 +304,7 @@ class TextMaterial:
             gsm8k_problems(self.files), gsm8k_problems(self.files, split="val")
         )
         self._tasks, missing = find_tasks(self.files, recipe.evaluate.tasks)
-        self.notes = [*self.corpus.notes, *self.files.missing(), *missing]
+        self.notes = [*self._corpus.notes, *self.files.missing(), *missing]
         self._manifest: dict[str, Any] | None = None
 
     def _sources(self, stage: ChatStage, split: Split) -> Extra:
@@ -315,20 +324,23 @@ class TextMaterial:
     def manifest(self) -> dict[str, Any]:
         if self._manifest is None:  # hashing the files takes a while; every stage asks
             self._manifest = {
-                "text": self.corpus.manifest(),
+                "text": self._corpus.manifest(),
                 "tasks": [list(row) for row in self.files.manifest()],
                 "world": self.world.manifest(),
             } | manifest_of(self._extra)
         return self._manifest
 
+    def corpus(self) -> dict[str, Any]:
+        return {"source": self.recipe.data.source, **self._corpus.size()}
+
     def tokenizer_texts(self, max_bytes: int) -> Iterator[str]:
-        return _take_bytes(self.corpus.one_epoch(self.recipe.data.seed), max_bytes)
+        return _take_bytes(self._corpus.one_epoch(self.recipe.data.seed), max_bytes)
 
     def texts(self, split: Split, tokenizer: Tokenizer) -> Documents:
         return TextDocuments(self._order(split), tokenizer)
 
     def _order(self, split: Split) -> Callable[[int], str]:
-        return self.corpus.order(split, self.recipe.data.seed)
+        return self._corpus.order(split, self.recipe.data.seed)
 
     def chats(
         self, stage: ChatStage, split: Split, tokenizer: Tokenizer, *, max_tokens: int
@@ -367,7 +379,7 @@ class TextMaterial:
         return talks_of(self.recipe, stage, count, unseen, self.problem, self.world)
 
     def sample_prompts(self) -> list[str]:
-        texts = [self.corpus.val[i] for i in range(min(5, len(self.corpus.val)))]
+        texts = [self._corpus.val[i] for i in range(min(5, len(self._corpus.val)))]
         return [" ".join(text.split()[:12])[:120] for text in texts]
 
     def sample_questions(self) -> list[str]:

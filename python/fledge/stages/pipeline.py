@@ -2,7 +2,7 @@
 
 The pipeline resolves the plan, opens the run, and takes the stages in order; each is a function of
 a `StageContext`. In a world of several processes rank 0 leads: it holds the run, decides, and tells
-the others, who share the training of base, mid, sft and rl with it. It owns nothing of what a stage
+the others, who share base, mid, sft, rl and evaluate with it. It owns nothing of what a stage
 does: it decides skip, resume or start by fingerprint, records how a stage ended, and renders the
 report.
 """
@@ -55,10 +55,12 @@ def run_recipe(
     until: str | None = None,
     restart: str | None = None,
     rehearsal: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> Run:
     """Carries a run through its stages (up to `until`) and returns it.
 
-    rehearsal: what the run rehearses, kept in resolved.json (plan/rehearsal.py).
+    rehearsal: what the run rehearses, kept in resolved.json (plan/rehearsal.py); origin: how it was
+    asked for (`resolved.describe`).
     Raises UserError for what the user can mend, Interrupted (after saving) when asked to stop.
     """
     for stage in (until, restart):
@@ -81,7 +83,7 @@ def run_recipe(
         world.wait()  # what the leader had to fetch is there now
         if not world.leads:
             return _follow(open_material(recipe), out, device, world, until)
-        run = Run.open(out, name, recipe, plan)
+        run = Run.open(out, name, recipe, plan, origin=origin)
         with run, StopRequest() as stop, Progress(planner.stage_seconds(plan)) as progress:
             if restart is not None:
                 # refuse before anything is thrown away
@@ -105,12 +107,12 @@ def _stages(until: str | None) -> tuple[str, ...]:
     return STAGES[: last + 1]
 
 
-ALONE = ("tokenizer", "evaluate")
+ALONE = ("tokenizer",)
 """Stages that rank 0 takes while the others wait."""
 
 
 def _follow(material: Material, out: Path, device: str, world: World, until: str | None) -> Run:
-    """What a rank that does not lead does: the training stages that the leader announces."""
+    """What a rank that does not lead does: the shared stages that the leader announces."""
     with StopRequest() as stop, Silence() as progress:
         for stage in _stages(until):
             state = world.tell(None)
