@@ -127,7 +127,7 @@ def kill_in_save(checkpoints: Path, nth: int, delay: float, *words: object) -> s
     return left[0] if left else ""
 
 
-def forked(function: Callable[..., object], *arguments: object) -> multiprocessing.Process:
+def forked(function: Callable[..., int], *arguments: object) -> multiprocessing.Process:
     """A started copy of this process that calls the function and ends with what it returns."""
     context: Any = multiprocessing.get_context("fork")
     process = context.Process(target=_end_with, args=(function, arguments))
@@ -135,7 +135,7 @@ def forked(function: Callable[..., object], *arguments: object) -> multiprocessi
     return process
 
 
-def _end_with(function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+def _end_with(function: Callable[..., int], arguments: tuple[object, ...]) -> None:
     sys.exit(function(*arguments))
 
 
