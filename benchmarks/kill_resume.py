@@ -9,8 +9,8 @@ to benchmarks/kill_resume.md. `--recipe mini` is the recipe of the tests, of a f
 
     .venv/bin/python benchmarks/kill_resume.py --saving 50
 
-kills one run of `mini`, which saves after every step of base, 50 times inside a save, half of the
-time with checkpoints written in the background. After every kill the checkpoint that LATEST names
+kills one run of `mini`, which saves after every step of base, 50 times inside a save, half of them
+with checkpoints written in the background. After every kill the checkpoint that LATEST names
 must verify and load, weights and optimizers; at the end the run must hold the files of one that was
 left alone. Results: benchmarks/kill_saving.md.
 """
@@ -30,17 +30,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # --saving forks, which torch's threads would not survive
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 from tests.faults.killing import kill_in_save, loads  # noqa: E402
 from tests.helpers_mini import artefacts, command, differences, environment, write_recipe  # noqa: E402
 
+import fledge.stages.pipeline  # noqa: E402, F401  (for the forks: all of torch)
 from fledge.config import STAGES  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".md")
 SAVING_RESULTS = RESULTS.with_name("kill_saving.md")
-SAVING_STEPS = 150
+SAVING_STEPS = 120
 LONGEST_DELAY = 0.05  # seconds after a save has begun; one of `mini` takes about as long
 MOST_TRIES = 5  # a run that ended before its kill is tried again with an earlier moment
 
@@ -160,11 +162,13 @@ class SavingKill:
     loaded: int  # the step of the checkpoint that then loaded
 
 
-def kill_in_saves(kills: int, seed: int, folder: Path) -> tuple[list[SavingKill], int, list[str]]:
+def kill_in_saves(
+    kills: int, steps: int, seed: int, folder: Path
+) -> tuple[list[SavingKill], int, list[str]]:
     """(the kills, how many missed a save, files that differ from those of a run left alone)."""
     recipe = write_recipe(folder)
     words: list[object] = ["run", recipe, "--until", "base", "--base.save-every", 1]
-    words += ["--base.tokens", 512 * SAVING_STEPS]
+    words += ["--base.tokens", 512 * steps]
     whole_run([*words, "--out", folder / "alone"])
     out, dice = folder / "killed", random.Random(seed)
     found: list[SavingKill] = []
@@ -176,7 +180,7 @@ def kill_in_saves(kills: int, seed: int, folder: Path) -> tuple[list[SavingKill]
         nth, delay = dice.randint(2 if first else 1, 3), dice.uniform(0, LONGEST_DELAY)
         inside = kill_in_save(out / "base" / "checkpoints", nth, delay, *words, *flags)
         if inside is None:
-            raise SystemExit(f"the run was over after {len(found)} kills: raise SAVING_STEPS")
+            raise SystemExit(f"the run was over after {len(found)} kills: give more --steps")
         step = loads(out, "base")
         missed += not inside
         if inside:
@@ -197,7 +201,7 @@ def saving_page(args: argparse.Namespace, found: tuple[list[SavingKill], int, li
         "# kill -9 inside a save\n\n"
         f"`python benchmarks/kill_resume.py --saving {args.saving} --seed {args.seed}` on "
         f"{os.cpu_count()} cores ({platform.machine()}), {time.strftime('%Y-%m-%d')}.\n\n"
-        f"One run of {SAVING_STEPS} steps, a checkpoint after each, killed {len(kills)} times "
+        f"One run of {args.steps} steps, a checkpoint after each, killed {len(kills)} times "
         f"inside a save ({sum(k.behind for k in kills)} of them while a thread wrote it; {missed} "
         "further kills fell between two saves). After every kill the checkpoint of LATEST was "
         "verified by its sums and loaded, weights and optimizers. Run to its end, it differed from "
@@ -215,11 +219,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the page to write")
     parser.add_argument("--saving", type=int, default=0, help="kill so often inside a save instead")
+    parser.add_argument("--steps", type=int, default=SAVING_STEPS, help="of the run of --saving")
     args = parser.parse_args()
     if args.saving:
         with tempfile.TemporaryDirectory() as folder:
-            found = kill_in_saves(args.saving, args.seed, Path(folder))
-        SAVING_RESULTS.write_text(saving_page(args, found), encoding="utf-8")
+            found = kill_in_saves(args.saving, args.steps, args.seed, Path(folder))
+        place = SAVING_RESULTS if args.results == RESULTS else args.results
+        place.write_text(saving_page(args, found), encoding="utf-8")
         return 1 if found[2] else 0
     with tempfile.TemporaryDirectory() as folder:
         alone, expected, kills = measure(args.recipe, args.kills, args.seed, Path(folder))

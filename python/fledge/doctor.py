@@ -85,7 +85,7 @@ def _tier() -> str:
 def _will_use(found: dict[str, Any]) -> list[str]:
     machine = found["hardware"]
     uses = [
-        f"{machine['name']} for training ({machine['device']})",
+        f"{machine['name']} for training ({machine['device']}, in {machine['dtype']})",
         f"about {machine['matmul_flops'] / 1e9:,.0f} GFLOP/s per device, "
         + ("measured" if found["measured"] else "assumed from tables"),
         "the compiled tokenizer"

@@ -6,6 +6,8 @@ inside of a save; the product itself has no hook for it.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +15,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from fledge import cli
 from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.train import checkpoint
@@ -96,15 +100,11 @@ def kill_in_save(checkpoints: Path, nth: int, delay: float, *words: object) -> s
     """Start `fledge WORDS` and kill it `delay` seconds after the nth temporary folder has come.
 
     Returns the folder's name if the run died inside the save, "" if between two, None if it was
-    over before.
+    over before. The run is a fork of this process, which has imported everything: a fresh one would
+    spend most of its time on that. So this process must have used no threads of torch's.
     """
-    process = subprocess.Popen(
-        command(*words),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     before = {path.name for path in checkpoints.glob("*.tmp")}  # what the kill before left
+    process = forked(_quiet_run, *words)
     come: list[str] = []
     deadline = time.monotonic() + PATIENCE_SECONDS
     try:
@@ -112,20 +112,37 @@ def kill_in_save(checkpoints: Path, nth: int, delay: float, *words: object) -> s
             now = {path.name for path in checkpoints.glob("*.tmp")}
             come += sorted(now - before)
             before = now
-            if process.poll() is not None:
+            if process.exitcode is not None:
                 return None
             assert time.monotonic() < deadline, f"no save of fledge {words}"
         until = time.monotonic() + delay
         while time.monotonic() < until:
             pass  # a sleep is as coarse as a save is long
-        process.send_signal(signal.SIGKILL)
-        if process.wait(PATIENCE_SECONDS) != -signal.SIGKILL:
-            return None
-        left = sorted(path.name for path in checkpoints.glob("*.tmp"))
-        return left[0] if left else ""
     finally:
         process.kill()
-        process.wait()
+        process.join(PATIENCE_SECONDS)
+    if process.exitcode != -signal.SIGKILL:
+        return None
+    left = sorted(path.name for path in checkpoints.glob("*.tmp"))
+    return left[0] if left else ""
+
+
+def forked(function: Callable[..., int], *arguments: object) -> multiprocessing.Process:
+    """A started copy of this process that calls the function and ends with what it returns."""
+    context: Any = multiprocessing.get_context("fork")
+    process = context.Process(target=_end_with, args=(function, arguments))
+    process.start()
+    return process
+
+
+def _end_with(function: Callable[..., int], arguments: tuple[object, ...]) -> None:
+    sys.exit(function(*arguments))
+
+
+def _quiet_run(*words: object) -> int:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        return cli.main([*map(str, words)])
 
 
 def loads(run: Path, stage: str) -> int:

@@ -41,11 +41,11 @@ def by_the_words_of_varlen(q, k, v, ends, same, longest, also, *, scale, window_
     left, right = window_size
     out = []
     for start, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
-        part = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        a, b, c = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
         place = torch.arange(end - start)
         back = place[:, None] - place
         mask = (back <= left) & (back >= -right)
-        out.append(attention.naive_attend(*part, mask, scale=scale)[0].transpose(0, 1))
+        out.append(attention.naive_attend(a, b, c, mask, scale=scale)[0].transpose(0, 1))
     return torch.cat(out)
 
 

@@ -43,7 +43,7 @@ def go(
     """Trains the all-extras network on 5 rows a step, up to `steps`.
 
     In float32 with a tenth of the rates: AdamW turns the rounding of a gradient near zero into a
-    whole step, and these rates are ten times those of a recipe.
+    whole step, and 80 tokens have many such (docs/log.md).
     """
     rates = RATES if dtype == torch.float64 else RATES.scaled(0.1)
     torch.manual_seed(0)

@@ -116,6 +116,7 @@ def test_measures_saves_and_learns():
     assert hooks.rows[-1]["loss"] < hooks.rows[0]["loss"]
 
 
+@pytest.mark.timeout(900)  # five seconds of work, but the machine may be busy
 @pytest.mark.parametrize("arch", ["qwen3", "speedrun"])
 def test_half_resume_half_equals_the_whole_bit_for_bit(tmp_path, arch):
     """200 steps against 100, a checkpoint on disk, 100 more in fresh objects; two micro-steps."""

@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
     return (back >= 0) & (back < window)
 
 
-def window_kernel(q: Tensor) -> Callable[..., Tensor] | None:
+def window_kernel(q: Tensor) -> Callable[..., Any] | None:
     """torch's flash attention with a window, where it runs: 16 bits on NVIDIA GPUs from Ampere on.
 
     It skips the keys that a window hides; SDPA with a mask computes all of them first. It came with
@@ -116,7 +117,7 @@ def window_kernel(q: Tensor) -> Callable[..., Tensor] | None:
 
 
 @functools.cache
-def _varlen() -> Callable[..., Tensor] | None:
+def _varlen() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -125,7 +126,7 @@ def _varlen() -> Callable[..., Tensor] | None:
 
 
 def _attend_window(
-    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None
+    kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None
 ) -> Tensor:
     """The rows of a batch as sequences of one length, side by side: [B T, H, K]."""
     rows, _, tokens, _ = q.shape
