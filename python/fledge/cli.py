@@ -300,9 +300,27 @@ def override(recipe: Any, words: list[str]) -> Any:
                 "no recipe has such a key",
                 f"did you mean {near[0]}?" if near else "see `fledge run --help`",
             )
-    given = _tyro(recipe, words)
+    given = _tyro(_horizon(recipe, words), words)
     # through the TOML path once more: one place checks types and ranges
     return config.recipe_from_dict(config.recipe_to_dict(given), where="the command line")
+
+
+def _horizon(recipe: Any, words: list[str]) -> Any:
+    """The recipe without its own base.minutes, or tokens, where the command line gives the other.
+
+    Only one of them can say how long base trains; what was typed last wins.
+    """
+    import dataclasses
+
+    typed = {word.partition("=")[0].replace("-", "_").replace("__base", "base") for word in words}
+    others = ("tokens", "tokens_per_param", "law")
+    base = recipe.base
+    if "base.minutes" not in typed and typed & {f"base.{name}" for name in others}:
+        base = dataclasses.replace(base, minutes=None)
+    elif "base.minutes" in typed:
+        free = {name: None for name in others if f"base.{name}" not in typed}
+        base = dataclasses.replace(base, **free)
+    return dataclasses.replace(recipe, base=base)
 
 
 def _tyro(default: Any, words: list[str]) -> Any:

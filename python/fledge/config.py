@@ -168,7 +168,7 @@ class BaseSection:
     """Tokens to train on; wins over tokens_per_param."""
     minutes: float | None = later(None)
     """Train for about this long instead: the speed of this network on this machine is measured
-    first, and `tokens` is what it can do in that time."""
+    first, and `tokens` is what it can do in that time. mid and sft add their share of it."""
     tokens_per_param: float | None = None
     """Tokens per matrix parameter (blocks + head) when `tokens` is absent."""
     law: str | None = execution(None)

@@ -64,7 +64,10 @@ def _of_status(run: Run, stage: str, table: Mapping[str, Any]) -> list[Trouble]:
 def _of_steps(stage: str, rows: list[dict[str, Any]]) -> list[Trouble]:
     """Steps that were not learnt from, and returns to earlier weights."""
     found = []
-    skipped = [row["step"] for row in rows if row.get("skipped")]
+    empty = sum(1 for row in rows if row.get("skipped") and not row.get("trained_tokens", 1))
+    if empty:
+        found.append(Trouble(f"{stage}: {empty} of {len(rows)} batches had nothing to learn."))
+    skipped = [r["step"] for r in rows if r.get("skipped") and r.get("trained_tokens", 1)]
     if skipped:
         shown = ", ".join(map(str, skipped[:SHOWN_STEPS]))
         shown += ", ..." if len(skipped) > SHOWN_STEPS else ""

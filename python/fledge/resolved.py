@@ -76,7 +76,9 @@ def join(
     """(the stored content with what a new recipe changes, whether it changes any number).
 
     A value is new where the change of the recipe moves it; all else stays as it was resolved, even
-    where this version's planner would choose otherwise. Keys of the execution are always new.
+    where this version's planner would choose otherwise. Keys of the execution are always new, but
+    for one: on the same kind of device a run goes on in the dtype that it computed in, unless
+    another is asked for.
     """
     # the old recipe by this version's planner
     before = plan.replan(asked(stored, where=where)).to_dict()
@@ -86,20 +88,40 @@ def join(
         lambda key: key in NUMERIC_KEYS and fresh["values"][key] == before["values"].get(key),
         model=fresh["model"] == before["model"],
     )
+    _keep_dtype(joined, stored, fresh)
     if _numeric(fresh["recipe"]) != _numeric(stored["recipe"]):
         return joined, True
-    return stored | {"values": joined["values"], "recipe": fresh["recipe"]}, False
+    parts = {key: joined[key] for key in ("values", "rules", "recipe")}
+    return stored | parts, _plain(joined["values"]) != _plain(stored["values"])
+
+
+def _keep_dtype(joined: dict[str, Any], stored: dict[str, Any], fresh: dict[str, Any]) -> None:
+    """hardware.dtype as it was; of a run that is older than the key, float32."""
+    key = "hardware.dtype"
+    same = stored["values"].get("hardware.device") == fresh["values"]["hardware.device"]
+    if key in flat(fresh["recipe"]) or not same:
+        return
+    joined["values"][key] = stored["values"].get(key) or "float32"
+    joined["rules"][key] = stored["rules"].get(key, "as the run was begun")
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has them: a tuple is a list there."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def prefer(
     stored: dict[str, Any], fresh: dict[str, Any], keep: Callable[[str], bool], *, model: bool
 ) -> dict[str, Any]:
     """The fresh content with the stored values of the keys to `keep`, and its `model` if so."""
-    values = {
-        key: stored["values"].get(key, value) if keep(key) else value
-        for key, value in fresh["values"].items()
+    parts = {
+        part: {
+            key: stored[part].get(key, value) if keep(key) else value
+            for key, value in fresh[part].items()
+        }
+        for part in ("values", "rules")
     }
-    return fresh | {"values": values, "model": (stored if model else fresh)["model"]}
+    return fresh | parts | {"model": (stored if model else fresh)["model"]}
 
 
 def _numeric(tables: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ _FP8_GAIN, _FP8_DEPTH = 1.17, 20
 _AGAIN = 4 / 3
 """Time with checkpointed activations: a second forward pass beside a forward and two backward."""
 _CPU_SHARE = 0.6
-"""Share of the cores' matmul rate that training a small model reaches; on 2 Zen 5 cores 0.70 to
-0.86, on shared machines less (docs/log.md)."""
+"""Share of the cores' matmul rate that training a small model reaches; 0.73 and more on
+2 Zen 5 cores in float32 (benchmarks/train_cpu.md), less where others compute, too."""
 _ROUNDED_GAIN = 1.5
 """Of training in bfloat16_products where the planner chooses it (docs/log.md: 1.6 to 1.7)."""
 _DECODE_SHARE = 0.25

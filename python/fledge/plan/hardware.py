@@ -233,9 +233,10 @@ def nvidia_gpus() -> list[tuple[str, int]]:
 def _cpu_dtype(cpuinfo: str) -> str:
     """What a CPU trains in, by /proc/cpuinfo.
 
-    AMD's processors from Zen 4 on multiply bfloat16 twice as fast as float32 (870 and 430 GFLOP/s
-    on two Zen 5 cores, docs/log.md). Intel's with the same instructions but without AMX are half as
-    fast in bfloat16 (measured on a Sapphire Rapids, where a hypervisor hid AMX); AMX is not tried.
+    AMD's with these instructions (Zen 4 and later) are taken to multiply bfloat16 twice as fast as
+    float32: 870 and 430 GFLOP/s on two Zen 5 cores (docs/log.md), Zen 4 was not tried. Intel's with
+    the same instructions but without AMX were half as fast in bfloat16 (133 and 244 GFLOP/s on two
+    cores of a Sapphire Rapids, AMX hidden by a hypervisor); AMX is not tried.
     """
     fast = "AuthenticAMD" in cpuinfo and "avx512_bf16" in cpuinfo
     return "bfloat16_products" if fast else "float32"

@@ -306,6 +306,7 @@ def _tokens_in(draft: _Draft, model: ModelConfig, hardware: Hardware) -> tuple[i
             )
     device = draft.recipe.hardware.device or hardware.device
     dtype = draft.recipe.hardware.dtype or _default_dtype(device, hardware)[0]
+    _check_dtype(dtype, hardware)
     flops = estimate.training_rate(model, hardware, dtype)
     rate = flops / scaling.count(model).flops_per_token
     how = "an assumed rate; `fledge run` measures it first"
@@ -402,8 +403,9 @@ def _plan_evaluate(draft: _Draft) -> None:
 def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> None:
     seq_len = model.max_position_embeddings
     device = draft.put("hardware.device", hardware.device, "the best this machine has")
-    on_cpu = hardware.device == "cpu"
+    on_cpu = device == "cpu"
     dtype = draft.put("hardware.dtype", *_default_dtype(device, hardware))
+    _check_dtype(dtype, hardware)
     fits, checkpointed = (
         rows_that_fit(
             model,
@@ -450,10 +452,23 @@ def _chatcore_every(draft: _Draft, stage: str, on_cpu: bool) -> tuple[int, str]:
     return math.ceil(steps / DEFAULTS.chatcore_looks), "four looks from depth 8 on"
 
 
+def _check_dtype(dtype: str, hardware: Hardware) -> None:
+    """UserError for rounded products on a GPU, where bfloat16 is what they should be."""
+    if dtype == "bfloat16_products" and hardware.device == "cuda":
+        raise UserError(
+            f"hardware.dtype = bfloat16_products on {hardware.name}",
+            "it is for CPUs, whose passes over memory are not faster in 16 bits",
+            "give bfloat16, or leave hardware.dtype out",
+        )
+
+
 def _default_dtype(device: str, hardware: Hardware) -> tuple[str, str]:
     """What to compute in, and why."""
     if device == hardware.device == "cpu" and hardware.dtype == "bfloat16_products":
-        return hardware.dtype, "this processor multiplies bfloat16 twice as fast as float32"
+        return (
+            hardware.dtype,
+            "this kind of processor multiplies bfloat16 faster than float32 (docs/decisions/044)",
+        )
     if device != "cuda" or hardware.device != "cuda":
         return "float32", "float32 on CPUs, and on Apple's GPUs, where nothing else was tried"
     if hardware.dtype == "float16":

@@ -81,6 +81,8 @@ def shrink(plan: Plan, recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
         if getattr(recipe, stage).chatcore_every != 0:
             numbers[f"{stage}.chatcore_every"] = small[f"{stage}.eval_every"]
             numbers[f"{stage}.chatcore_examples"] = SIZES["evaluate.max_examples"]
+    for name in ("minutes", "tokens_per_param", "law"):  # `tokens` says it
+        numbers.pop(f"base.{name}", None)
     for name in FOLLOWS_DEPTH:
         numbers.pop(f"model.{name}", None)
     tables: dict[str, dict[str, Any]] = {}

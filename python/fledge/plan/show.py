@@ -62,7 +62,7 @@ def _numbers(plan: Plan) -> list[str]:
         if name != section:
             section = name
             lines.append(f"  [{section}]")
-        lines.append(f"    {short:<21} {_show(value):<14} {plan.rules[key]}")
+        lines.append(f"    {short:<22} {_show(value):<17} {plan.rules[key]}")
     return lines
 
 

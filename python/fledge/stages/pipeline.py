@@ -33,7 +33,7 @@ from fledge.stages import base, evaluate, mid, rl, sft, tokenizer
 from fledge.stages.context import StageContext, peak_memory_bytes
 from fledge.stages.material import Material, open_material
 from fledge.stages.own_files import require_rewards, stage_manifest
-from fledge.stages.probe import needs_speed, plan_at_measured_speed
+from fledge.stages.probe import known_speed, plan_at_measured_speed
 
 STAGE_FUNCTIONS: dict[str, Callable[..., None]] = {
     "tokenizer": tokenizer.run,
@@ -70,7 +70,10 @@ def run_recipe(
                 f"the stages are {', '.join(STAGES)}",
                 "name one of them",
             )
-    plan = dataclasses.replace(planner.resolve(recipe, hardware.detect()), rehearsal=rehearsal)
+    machine = hardware.detect()
+    if recipe.base.minutes is not None:
+        machine = dataclasses.replace(machine, training_flops=known_speed(recipe, out))
+    plan = dataclasses.replace(planner.resolve(recipe, machine), rehearsal=rehearsal)
     device = prepare_machine(plan.values["hardware.device"], plan.values["hardware.threads"])
     with dist.joined(device) as world:
         if world.leads:
@@ -78,7 +81,7 @@ def run_recipe(
             if recipe.rl.steps != 0:
                 require_rewards(recipe, material.problem(0))
             require_room(plan, out)
-            if recipe.base.minutes is not None and needs_speed(recipe, out):
+            if recipe.base.minutes is not None and machine.training_flops is None:
                 plan = plan_at_measured_speed(recipe, plan, device, world.size)
         world.wait()  # what the leader had to fetch is there now
         if not world.leads:
@@ -91,6 +94,7 @@ def run_recipe(
                     data = material.manifest() | stage_manifest(run.recipe, stage)
                     run.stage_state(stage, run.stage_parts(stage, data=data))
                 run.restart(restart)
+            world.tell(run.resolved)
             for note in material.notes:
                 progress.note(note)
             notes = list(material.notes)
@@ -114,10 +118,12 @@ ALONE = ("tokenizer",)
 def _follow(material: Material, out: Path, device: str, world: World, until: str | None) -> Run:
     """What a rank that does not lead does: the shared stages that the leader announces."""
     with StopRequest() as stop, Silence() as progress:
+        # not from the file: what only concerns the execution is there when a stage begins
+        resolved = world.tell(None)
         for stage in _stages(until):
             state = world.tell(None)
             if state in ("resume", "start") and stage not in ALONE:
-                run = Run.read(out)  # the leader may have written it just now
+                run = Run(out, resolved)
                 ctx = StageContext(run, run.recipe, material, progress, stop, device, [], world)
                 STAGE_FUNCTIONS[stage](ctx, resume=state == "resume")
             world.wait()

@@ -20,15 +20,24 @@ from fledge.model import Transformer
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.plan import planner, scaling
 from fledge.run import Run
-from fledge.train.loop import accumulate
+from fledge.train.loop import accumulate, is_out_of_memory
 
 PROBE_SECONDS = 6.0
 LEAST_STEPS = 4  # the first of them warms up and does not count
 
 
-def needs_speed(recipe: Recipe, out: Path) -> bool:
-    """Whether base.tokens is not decided yet: a new run, or one that is asked for other minutes."""
-    return not Run.is_run(out) or Run.read(out).asked.base.minutes != recipe.base.minutes
+def known_speed(recipe: Recipe, out: Path) -> float | None:
+    """FLOP/s that were measured for the run at `out`, if it is the same network and batch."""
+    if not Run.is_run(out):
+        return None
+    run = Run.read(out)
+    asked = run.asked
+    same = (
+        asked.model == recipe.model
+        and asked.tokenizer.vocab_size == recipe.tokenizer.vocab_size
+        and asked.base.global_batch_tokens == recipe.base.global_batch_tokens
+    )
+    return run.resolved["hardware"].get("training_flops") if same else None
 
 
 def plan_at_measured_speed(
@@ -39,7 +48,7 @@ def plan_at_measured_speed(
     One rank measures; that `ranks` of them are so many times as fast is taken for granted.
     """
     print("measuring how fast this machine trains this network", file=sys.stderr, flush=True)
-    rate = tokens_per_second(plan, device) * (ranks if device == "cuda" else 1)
+    rate = tokens_per_second(plan, device) * ranks
     flops = rate * scaling.count(plan.model).flops_per_token
     machine = dataclasses.replace(plan.hardware, training_flops=flops)
     return dataclasses.replace(planner.resolve(recipe, machine), rehearsal=plan.rehearsal)
@@ -59,12 +68,20 @@ def tokens_per_second(plan: planner.Plan, device: str) -> float:
     optimizers = Optimizers(model, rates)
     generator = torch.Generator().manual_seed(0)
     model.train()
+    size: int = values["base.device_batch_size"]
     seconds: list[float] = []
     began = time.perf_counter()
     while len(seconds) < LEAST_STEPS or time.perf_counter() - began < PROBE_SECONDS:
         ids = torch.randint(plan.model.vocab_size, (rows, context + 1), generator=generator)
         step_began = time.perf_counter()
-        accumulate(model, ids, torch.ones_like(ids), values["base.device_batch_size"])
+        try:
+            accumulate(model, ids, torch.ones_like(ids), size)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+            size = (size + 1) // 2  # as training will
+            optimizers.zero_grad()
+            continue
         optimizers.step()
         if device == "cuda":
             torch.cuda.synchronize()

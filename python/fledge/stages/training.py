@@ -66,13 +66,12 @@ class TrainedStage:
         else:
             checkpoint.verify(source)
             model = Transformer.load(source, device=ctx.device)
-        dtype: str = ctx.world.tell(ctx.recipe.hardware.dtype) or "float32"  # one for all ranks
-        if stage == "rl" and dtype == "bfloat16_products":
-            dtype = "float32"  # what the sampler computes in: its log-probabilities are compared
+        dtype = ctx.recipe.hardware.dtype or "float32"
+        if stage == "rl":  # its log-probabilities are compared with the sampler's
+            dtype = {"bfloat16_products": "float32", "fp8": "bfloat16"}.get(dtype, dtype)
         again = ctx.recipe.hardware.checkpoint_activations or False
         model.compute_in(dtype, checkpoint_activations=again)
-        if dtype != "float32":
-            ctx.progress.note(f"{stage}: computes in {dtype}")
+        ctx.progress.note(f"{stage}: computes in {dtype}")
         share = getattr(section, "lr_scale", 1.0)
         rates, world = LearningRates.of(base).scaled(share), ctx.world
         optimizers = (
