@@ -4,7 +4,8 @@
     python benchmarks/ablation.py --source FOLDER --out DIR --speed     only: seconds of a step
     python benchmarks/ablation.py --source FOLDER --out DIR --table     only: what is known so far
 
-The standard is arch speedrun with all extras; every variant changes one thing. `none` is without
+The standard is arch speedrun with all extras; every variant changes one thing (an
+extra by its name: turned off). `none` is without
 all of them, `qwen3` the other arch. All runs of a depth and seed see the same tokens in the same
 order: as many as the standard trains in `--seconds` at its own speed. The differences are taken
 seed by seed. A line per run goes to rows.jsonl, so a stopped script goes on where it was.
@@ -48,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "windows": {"model.window_pattern": "L"},
     "untied head": {"model.tie_word_embeddings": True},
     "row_variance": {"base.row_variance": 0.0},
-    "adamw 2026": {"base.adamw": "2025"},
+    "adamw 2025": {"base.adamw": "2025"},
     "none": {"model.extras": OFF | {"norm_weights": 1}, "model.window_pattern": "L"},
     "qwen3": {"model.arch": "qwen3"},
 }
@@ -97,7 +98,7 @@ def table(out: Path, seconds: float) -> str:
     speeds = json.loads(speeds_file.read_text(encoding="utf-8")) if speeds_file.is_file() else {}
     rows = [row for row in read_rows(out / "rows.jsonl") if row["seconds"] == seconds]
     lines = [
-        "| without | depth | bits per byte | needs more by | steps a second, of the standard's |",
+        "| changed | depth | bits per byte | needs more by | steps a second, of the standard's |",
         "| --- | --- | --- | --- | --- |",
     ]
     for depth in SHAPES:

@@ -4,15 +4,16 @@
     python benchmarks/quality.py --source FOLDER --out DIR --speed    only: how fast each one is
     python benchmarks/quality.py --source FOLDER --out DIR --table    only: what is known so far
 
-Three contenders learn the same documents with the same loop. `planner` is the recipe `laptop` as
-the planner resolves it. `recipe` is nanochat's depth-4 network (32,768 words, T = 512, all extras,
+Three contenders learn the same documents with the same loop. `planner` is the recipe `laptop`,
+whose depth, vocabulary and context were chosen by hand on this kind of machine, as it resolves. `recipe` is nanochat's depth-4 network (32,768 words, T = 512, all extras,
 no windows) with its own optimizers and schedules; `adamw` is that network under plain AdamW. These
 two are tuned first, with runs of a sixth of the time: three learning rates at 4,096 tokens a step,
 then 8,192 and 16,384 tokens at the best of them. The planner's choice is taken as it is.
 
 A run is as many steps as fit into the minutes at the contender's speed, which is measured in turns
 on a quiet machine and kept in speeds.json; so what a run reaches does not depend on who else
-computes (short_run.py). A line per run goes to rows.jsonl; what stands there is not run again.
+computes (short_run.py). A line per run goes to rows.jsonl; what stands there is not run again: one --out for one
+text, one machine and one version.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ SCHEDULE_2026: dict[str, Any] = {
 RECIPE_TIMES = (1.0, 3.0, 9.0)
 """Of nanochat's own rates, which are small at these batches: 0.02 x sqrt(4,096 / 2^19) = 0.0018."""
 PLAIN_RATES = (1e-3, 3e-3, 1e-2)
-STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 """Two-sided 95 % points of Student's t for so many pairs."""
 
 
@@ -197,8 +198,10 @@ def interval(percents: list[float]) -> str:
     if not percents:
         return "?"
     mean = statistics.mean(percents)
-    if len(percents) not in STUDENT_95:
+    if len(percents) == 1:
         return f"{mean:.1f} % (one seed)"
+    if len(percents) not in STUDENT_95:
+        raise SystemExit(f"no interval is known for {len(percents)} seeds; give at most 8")
     half = STUDENT_95[len(percents)] * statistics.stdev(percents) / math.sqrt(len(percents))
     return f"{mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})"
 

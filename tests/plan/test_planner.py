@@ -103,6 +103,12 @@ def test_minutes_are_as_many_tokens_as_the_measured_speed_gives() -> None:
     assert 120 < measured.estimates["stages"]["base"]["seconds"] < 150
 
 
+def test_rounded_products_are_refused_on_a_gpu() -> None:
+    asked = dataclasses.replace(real(8), hardware=HardwareSection(dtype="bfloat16_products"))
+    with pytest.raises(UserError, match="bfloat16_products on H100"):
+        resolve(asked, hardware.parse("h100"))
+
+
 @pytest.mark.parametrize("other", ["tokens", "tokens_per_param"])
 def test_minutes_and_another_horizon_are_refused(other: str) -> None:
     recipe = Recipe(base=dataclasses.replace(BaseSection(minutes=2), **{other: 8192}))

@@ -389,10 +389,37 @@ def test_minutes_are_measured_once_and_hold_for_the_run(
         run = Run.read(tmp_path / "run")
         assert run.values["base.tokens"] == 1024  # of 1,200, in whole steps
         assert "0.05 minutes at 400 tokens/s" in run.resolved["rules"]["base.tokens"]
+    # another key of a later stage, and base anew: the measured speed still holds
+    code, _, err = call(capsys, *words, "--base.minutes", 0.05, "--sft.lr_scale", 0.2)
+    assert code == 0, err
+    code, _, err = call(capsys, *words, "--base.minutes", 0.05, "--restart", "base")
+    assert code == 0, err
+    run = Run.read(tmp_path / "run")
+    assert run.values["base.tokens"] == 1024
+    assert "0.05 minutes at 400 tokens/s" in run.resolved["rules"]["base.tokens"]
+    # the same speed for other minutes; a stage that is done refuses them
     code, _, err = call(capsys, *words, "--base.minutes", 0.1)
     assert code == 1
     assert_three_parts(err)
-    assert "base.tokens" in err and next(rates, None) is None
+    assert "base.tokens" in err and next(rates) == 800.0
+
+
+def test_a_run_goes_on_in_its_dtype_and_says_what_it_was(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("run", recipe, "--out", tmp_path / "run", "--until")
+    code, _, err = call(capsys, *words, "base", "--hardware.dtype", "bfloat16_products")
+    assert code == 0, err
+    text = recipe.read_text(encoding="utf-8")
+    bare = tmp_path / recipe.name
+    bare.write_text(text.replace('dtype = "float32"\n', ""), encoding="utf-8")
+    code, _, err = call(capsys, "run", bare, *words[2:], "mid")
+    assert code == 0, err
+    assert Run.read(tmp_path / "run").values["hardware.dtype"] == "bfloat16_products"
+    assert "mid: computes in bfloat16_products" in err
+    code, _, err = call(capsys, *words, "sft", "--hardware.dtype", "bfloat16")
+    assert code == 0, err
+    assert Run.read(tmp_path / "run").values["hardware.dtype"] == "bfloat16"
 
 
 def test_the_speed_of_a_network_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

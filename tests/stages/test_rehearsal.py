@@ -88,7 +88,9 @@ def check_needs(out: Path, said: str, of: str = "speedrun", depth: str = "20 -> 
         assert word in said.rpartition("the whole run of")[2]
 
 
-@pytest.mark.parametrize("name", ["speedrun", "speedrun24", "thousand", "free-t4", "tiny"])
+@pytest.mark.parametrize(
+    "name", ["speedrun", "speedrun24", "thousand", "free-t4", "tiny", "laptop"]
+)
 def test_only_sizes_differ_in_a_rehearsal(name: str) -> None:
     recipe = load_recipe(name)[1]
     whole = planner.resolve(recipe, HERE)
