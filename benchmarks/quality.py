@@ -5,15 +5,16 @@
     python benchmarks/quality.py --source FOLDER --out DIR --table    only: what is known so far
 
 Three contenders learn the same documents with the same loop. `planner` is the recipe `laptop`,
-whose depth, vocabulary and context were chosen by hand on this kind of machine, as it resolves. `recipe` is nanochat's depth-4 network (32,768 words, T = 512, all extras,
-no windows) with its own optimizers and schedules; `adamw` is that network under plain AdamW. These
-two are tuned first, with runs of a sixth of the time: three learning rates at 4,096 tokens a step,
-then 8,192 and 16,384 tokens at the best of them. The planner's choice is taken as it is.
+whose depth, vocabulary and context were chosen by hand on this kind of machine, as it resolves.
+`recipe` is nanochat's depth-4 network (32,768 words, T = 512, all extras, no windows) with its own
+optimizers and schedules; `adamw` is that network under plain AdamW. These two are tuned first, with
+runs of a sixth of the time: three learning rates at 4,096 tokens a step, then 8,192 and 16,384
+tokens at the best of them.
 
 A run is as many steps as fit into the minutes at the contender's speed, which is measured in turns
 on a quiet machine and kept in speeds.json; so what a run reaches does not depend on who else
-computes (short_run.py). A line per run goes to rows.jsonl; what stands there is not run again: one --out for one
-text, one machine and one version.
+computes (short_run.py). A line per run goes to rows.jsonl; what stands there is not run again: one
+--out for one text, one machine and one version.
 """
 
 from __future__ import annotations
