@@ -13,17 +13,23 @@ seed by seed. A line per run goes to rows.jsonl, so a stopped script goes on whe
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from quality import interval
-from short_run import Subject, Text, append_row, read_rows, speed, train_and_measure
-
-from fledge.stages.pipeline import keep_freed_memory
+from short_run import (
+    MAX_BYTES,
+    Subject,
+    Text,
+    append_row,
+    parser_of,
+    prepared,
+    read_rows,
+    speed,
+    train_and_measure,
+)
 
 SHAPES: dict[int, dict[str, Any]] = {
     2: {"model.max_seq_len": 256, "tokenizer.vocab_size": 4096},
@@ -53,7 +59,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"model.extras": OFF | {"norm_weights": 1}, "model.window_pattern": "L"},
     "qwen3": {"model.arch": "qwen3"},
 }
-MAX_BYTES = 60_000_000
 SPEED_SECONDS = 8.0
 
 
@@ -120,18 +125,9 @@ def table(out: Path, seconds: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", type=Path, required=True, help="a folder of real text")
-    parser.add_argument("--out", type=Path, required=True, help="where rows and speeds are kept")
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of this process; speeds need all cores")
-    parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    wanted = parser.parse_args()
-    if wanted.threads:
-        torch.set_num_threads(wanted.threads)
-    keep_freed_memory()
+    wanted = prepared(parser)
     wanted.out.mkdir(parents=True, exist_ok=True)
     if not wanted.table:
         text = Text(wanted.source, MAX_BYTES, wanted.out)

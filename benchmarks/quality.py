@@ -19,7 +19,6 @@ computes (short_run.py). A line per run goes to rows.jsonl; what stands there is
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -28,13 +27,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from short_run import Subject, Text, append_row, read_rows, speed, train_and_measure
+from short_run import (
+    MAX_BYTES,
+    Subject,
+    Text,
+    append_row,
+    parser_of,
+    prepared,
+    read_rows,
+    speed,
+    train_and_measure,
+)
 
 from fledge.config import flat, load_recipe, recipe_to_dict
-from fledge.stages.pipeline import keep_freed_memory
+from fledge.plan.releases import OPTIMIZER_2026
 
-MAX_BYTES = 60_000_000
 BATCHES = (4096, 8192, 16384)
 TUNING_SHARE = 1 / 6
 SPEED_SECONDS = 15.0
@@ -49,15 +56,6 @@ NANOCHAT: dict[str, Any] = {
     "tokenizer.pattern": "gpt4-2",
 }
 """runs/runcpu.sh of nanochat (92d63d4) at depth 4."""
-SCHEDULE_2026: dict[str, Any] = {
-    "base.row_variance": 0.9,
-    "base.adamw": "2026",
-    "base.decay_schedule": "cosine",
-    "base.momentum_schedule": "warm",
-    "base.warmup_steps": 40,
-    "base.cooldown_fraction": 0.65,
-    "base.final_lr_fraction": 0.05,
-}
 RECIPE_TIMES = (1.0, 3.0, 9.0)
 """Of nanochat's own rates, which are small at these batches: 0.02 x sqrt(4,096 / 2^19) = 0.0018."""
 PLAIN_RATES = (1e-3, 3e-3, 1e-2)
@@ -95,7 +93,7 @@ class Trial:
             # not its factor (tokens of d12 / tokens), which at this horizon is some hundred
             "base.weight_decay": 0.28 * math.sqrt(self.batch / 2**19),
         }
-        return Subject(name, keys | SCHEDULE_2026 | rates)
+        return Subject(name, keys | OPTIMIZER_2026 | rates)
 
 
 PLANNER = Trial("planner", 0, 0.0)
@@ -208,18 +206,9 @@ def interval(percents: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", type=Path, required=True, help="a folder of real text")
-    parser.add_argument("--out", type=Path, required=True, help="where rows and speeds are kept")
+    parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of this process; speeds need all cores")
-    parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    wanted = parser.parse_args()
-    if wanted.threads:
-        torch.set_num_threads(wanted.threads)
-    keep_freed_memory()
+    wanted = prepared(parser)
     comparison = Comparison(wanted.source, wanted.out, wanted.minutes, wanted.seeds)
     if wanted.speed:
         comparison.measure_speeds()

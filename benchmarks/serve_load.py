@@ -51,11 +51,21 @@ def serve(waiting: int) -> None:
     from fledge.serve.settings import Limits, Settings
     from fledge.serve.worker import Pool
 
+    class Forgetful(FakeEngine):
+        """The tests' engine keeps every request for them to look at; a long load must not."""
+
+        def step(self) -> list:
+            events = super().step()
+            running = {row.request_id for row in self.rows}
+            self.requests = {i: r for i, r in self.requests.items() if i in running}
+            self.cancelled.clear()
+            return events
+
     tok = tiny_tokenizer()
     limits, metrics = Limits(waiting_rows=waiting), Metrics()
 
     def fake() -> FakeEngine:
-        engine = FakeEngine(tok, slots=SLOTS, delay=STEP_SECONDS)
+        engine = Forgetful(tok, slots=SLOTS, delay=STEP_SECONDS)
         engine.gate.set()
         return engine
 

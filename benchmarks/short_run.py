@@ -9,6 +9,7 @@ context. So the result depends on keys, tokens, seed and text, never on who else
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import statistics
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from bare_hooks import BareHooks
 
 from fledge.config import recipe_from_dict
@@ -35,9 +37,11 @@ from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
 from fledge.plan.hardware import detect
 from fledge.plan.planner import Plan, resolve
+from fledge.stages.pipeline import keep_freed_memory
 from fledge.tokenizer import Tokenizer
 from fledge.train.loop import Job, train
 
+MAX_BYTES = 60_000_000  # of the text
 TOKENIZER_BYTES = 10_000_000
 VALIDATION_BYTES = 400_000
 NEVER = 10**9
@@ -205,6 +209,27 @@ def _train(
             device_batch_size=min(rows, base["device_batch_size"]),
         )
     return model, tokenizer
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """What the benchmarks have in common on the command line."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="a folder of real text")
+    parser.add_argument("--out", type=Path, required=True, help="where rows and speeds are kept")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of this process; speeds need all cores")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    return parser
+
+
+def prepared(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for, with threads and memory set as a run sets them."""
+    wanted = parser.parse_args()
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    keep_freed_memory()
+    return wanted
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

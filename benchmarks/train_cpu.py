@@ -4,13 +4,14 @@
     python benchmarks/train_cpu.py --depth 4 --profile  where the time goes
 
 The network is nanochat's CPU shape (arch speedrun, all extras, no windows, vocabulary 32,768,
-T = 512, 16,384 tokens a step), trained by `fledge.train.loop` on made-up tokens. After every step a
-float32 matrix product of 2048^3 is timed, the best of a few, by torch and by the library that
-training uses here (`fledge.products`); a step's ratio is its FLOP/s over that product's, so that a
-machine that slows down slows both. On a machine that others use,
-`--cpu-clock --threads 1` compares processor time with processor time. FLOPs a token = 6 N +
-12 n T L, with N the matrices and the head (nanochat's count, attention not halved). Nothing about
-malloc is set outside: fledge's own `keep_freed_memory` runs, as in every fledge run.
+T = 512, 16,384 tokens a step), or what `--arch`, `--vocab`, `--context` and `--batch` say, trained
+by `fledge.train.loop` on made-up tokens. After every step a float32 matrix product of 2048^3 is
+timed, the best of a few, by torch and by the library that training uses here (`fledge.products`); a
+step's ratio is its FLOP/s over that product's, so that a machine that slows down slows both. On a
+machine that others use, `--cpu-clock --threads 1` compares processor time with processor time.
+FLOPs a token = 6 N + 12 n T L, with N the matrices and the head (nanochat's count, attention not
+halved). Nothing about malloc is set outside: fledge's own `keep_freed_memory` runs, as in every
+fledge run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from fledge.products import multiply
 from fledge.stages.pipeline import keep_freed_memory
 from fledge.train.loop import Job, train
 
-VOCAB, CONTEXT, STEP_TOKENS = 32768, 512, 16384
 GEMM = 2048
 
 
@@ -51,9 +51,12 @@ def since_start() -> float:
 class Zipf:
     """Documents of 200 to 1,200 made-up tokens with the frequencies of words."""
 
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
     def piece(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(index)
-        ids = np.minimum(rng.zipf(1.2, size=rng.integers(200, 1200)), VOCAB - 1)
+        ids = np.minimum(rng.zipf(1.2, size=rng.integers(200, 1200)), self.vocab - 1)
         return ids.astype(np.int32), np.ones(len(ids), dtype=np.uint8)
 
 
@@ -103,13 +106,13 @@ class Timing(BareHooks):
         return self.peaks[name][-1]
 
 
-def shape(depth: int) -> ModelConfig:
+def shape(wanted: argparse.Namespace) -> ModelConfig:
     """nanochat's network of `--depth --head-dim 64 --window-pattern L --max-seq-len 512`."""
     return scaling.model_config(
-        depth,
-        vocab_size=VOCAB,
-        arch="speedrun",
-        max_seq_len=CONTEXT,
+        wanted.depth,
+        vocab_size=wanted.vocab,
+        arch=wanted.arch,
+        max_seq_len=wanted.context,
         head_dim=64,
         window_pattern="L",
     )
@@ -121,6 +124,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rows", type=int, default=4, help="rows per forward pass")
+    parser.add_argument("--arch", default="speedrun", choices=("speedrun", "qwen3"))
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--dtype", default="float32", help="as hardware.dtype")
     parser.add_argument("--cpu-clock", action="store_true", help="processor time, not wall time")
     parser.add_argument("--profile", action="store_true")
@@ -128,17 +135,17 @@ def main() -> None:
     wanted = parser.parse_args()
     torch.set_num_threads(wanted.threads)
     keep_freed_memory()
-    config = shape(wanted.depth)
+    config = shape(wanted)
     counts = scaling.count(config)
-    attention = 12 * config.hidden_size * CONTEXT * config.num_hidden_layers
+    attention = 12 * config.hidden_size * wanted.context * config.num_hidden_layers
     flops = 6 * counts.scaling_parameters + attention
     model = Transformer(config, seed=0).compute_in(wanted.dtype)
     optimizers = Optimizers(model, LearningRates(0.01, 0.1, 0.004, 0.001, 0.0, 0.9))
-    loader = Loader(Zipf(), row_tokens=CONTEXT, pad_id=0, split=True)
+    loader = Loader(Zipf(wanted.vocab), row_tokens=wanted.context, pad_id=0, split=True)
     timing = Timing(flops, time.process_time if wanted.cpu_clock else time.perf_counter)
     schedule = Schedule(wanted.steps, 2, 0.5, 0.1)
     job = Job(model, optimizers, schedule, timing, eval_every=10**9, save_every=10**9)
-    size = {"rows_per_step": STEP_TOKENS // CONTEXT, "device_batch_size": wanted.rows}
+    size = {"rows_per_step": wanted.batch // wanted.context, "device_batch_size": wanted.rows}
     if wanted.profile:
         kinds = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=kinds) as profile:
@@ -150,6 +157,7 @@ def main() -> None:
     seconds = statistics.median(row["step_seconds"] for row in rows)
     result = {
         "depth": wanted.depth,
+        "arch": wanted.arch,
         "dtype": wanted.dtype,
         "threads": wanted.threads,
         "clock": "processor" if wanted.cpu_clock else "wall",
@@ -158,7 +166,7 @@ def main() -> None:
         "low": round(ratios[0], 3),
         "high": round(ratios[-1], 3),
         "seconds_per_step": round(seconds, 2),
-        "tokens_per_second": round(STEP_TOKENS / seconds),
+        "tokens_per_second": round(wanted.batch / seconds),
         "product_gflops": round(statistics.median(timing.peaks["torch"]) / 1e9, 1),
         "own_ratio": round(statistics.median(timing.own_ratios[1:]), 3),
         "own_product_gflops": round(statistics.median(timing.peaks["own"]) / 1e9, 1),

@@ -234,6 +234,18 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 # -- what reaches the functions ------------------------------------------------------------------
 
 
+def test_what_is_typed_says_how_long_base_trains() -> None:
+    minutes = config.load_recipe("laptop")[1]
+    assert minutes.base.minutes == 5
+    for word in ("--base.tokens", "--base.tokens-per-param"):
+        base = cli.override(minutes, [word, "4096"]).base
+        assert base.minutes is None and 4096 in (base.tokens, base.tokens_per_param)
+    tokens = cli.override(minutes, ["--base.tokens=4096"])
+    assert cli.override(tokens, ["--base.minutes", "2"]).base.tokens is None
+    both = cli.override(minutes, ["--base.tokens", "4096", "--base.minutes", "2"]).base
+    assert (both.tokens, both.minutes) == (4096, 2.0)  # the planner refuses that by name
+
+
 def test_overrides_reach_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.depth=3", "--base.tokens", "None", "--evaluate.stages", "mid", "sft"]
     words += ["--mid.mixture", "facts", "1", "prose", "0.5", "--data.world", "village"]

@@ -189,8 +189,11 @@ def test_skipped_batches_and_roll_backs_are_told(run: Run) -> None:
                 {"step": step, "loss": 9.0, "tokens": 2048, "seconds": 0.1, "skipped": 1}
             )
         metrics.append({"step": 44, "loss": 9, "tokens": 8, "skipped": 1, "rolled_back_to": 40})
+        empty = {"loss": 0.0, "tokens": 2048, "trained_tokens": 0, "skipped": 1}
+        metrics.append({"step": 45} | empty)
     found = told(run)["What went wrong?"]
-    assert "base: 4 of 44 batches were skipped" in found and "(step 41, 42, 43, 44)" in found
+    assert "base: 1 of 45 batches had nothing to learn" in found
+    assert "base: 4 of 45 batches were skipped" in found and "(step 41, 42, 43, 44)" in found
     assert "base went back to earlier weights: at step 44 to 40." in found
 
 

@@ -341,8 +341,9 @@ class HardwareSection:
         None
     )
     """What products are computed in (weights and optimizer state are float32 always);
-    bfloat16_products rounds only what is multiplied. Absent = bfloat16 on GPUs that have it,
-    float16 on older ones, bfloat16_products on CPUs that are faster so, else float32."""
+    bfloat16_products, for CPUs, keeps all else than products in float32. Absent = bfloat16 on GPUs
+    that have it, float16 on older ones, bfloat16_products on CPUs that are faster so, else
+    float32."""
     checkpoint_activations: bool | None = execution(None)
     """Keep only the input of each layer and compute the rest again in the backward pass: a third
     more time for much less memory, the same numbers; absent = where not one row fits without."""

@@ -3,9 +3,9 @@
 torch multiplies float32 matrices on x86 through MKL, which leaves the AVX-512 of AMD's processors
 unused; oneDNN, which torch brings as well, does not (docs/log.md: 1.5 to 2.3 times as fast on a
 Zen 5). The choice depends on the processor alone, so that two processes on one machine make the
-same bits. `rounded_linear` multiplies bfloat16 copies of float32 matrices and sums in float32:
-again twice as fast where the processor has instructions for it. Used by `model` (the linear layers
-and the loss) and by Muon; knows neither.
+same bits. `rounded_linear` multiplies bfloat16 copies of float32 matrices, sums in float32 and
+rounds the sums: again faster where the processor has instructions for it (docs/decisions/044). Used
+by `model` (the linear layers and the loss) and by Muon; knows neither.
 """
 
 from __future__ import annotations

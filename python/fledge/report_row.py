@@ -17,7 +17,7 @@ from fledge.progress import format_count, format_seconds
 from fledge.run import Run
 
 COLUMNS = (
-    *("bpb", "time of base", "tokens", "network", "parameters", "machine", "text", "seed"),
+    *("bpb", "time of base", "tokens", "network", "parameters", "machine", "dtype", "text", "seed"),
     *("fledge", "date"),
 )
 
@@ -51,6 +51,7 @@ def row(run: Run, facts: dict[str, Any]) -> str:
         "network": network,
         "parameters": format_count(known["estimates"]["parameters"]),
         "machine": f"{hardware['name']}, {values['hardware.threads']} threads",
+        "dtype": values.get("hardware.dtype") or "float32",
         "text": _text(values, record),
         "seed": str(values["base.seed"]),
         "fledge": f"{known['versions']['fledge']} {revision}",

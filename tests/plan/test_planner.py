@@ -105,8 +105,19 @@ def test_minutes_are_as_many_tokens_as_the_measured_speed_gives() -> None:
 
 def test_rounded_products_are_refused_on_a_gpu() -> None:
     asked = dataclasses.replace(real(8), hardware=HardwareSection(dtype="bfloat16_products"))
-    with pytest.raises(UserError, match="bfloat16_products on H100"):
+    with pytest.raises(UserError, match="bfloat16_products on cuda"):
         resolve(asked, hardware.parse("h100"))
+    here = dataclasses.replace(asked.hardware, device="cpu")  # of a machine that has a GPU, too
+    plan = resolve(dataclasses.replace(asked, hardware=here), hardware.parse("h100"))
+    assert plan.values["hardware.dtype"] == "bfloat16_products"
+
+
+def test_the_cpu_of_a_gpu_machine_is_planned_as_a_cpu() -> None:
+    asked = dataclasses.replace(real(8), hardware=HardwareSection(device="cpu"))
+    plan, gpu = resolve(asked, hardware.parse("h100")), resolve(real(8), hardware.parse("h100"))
+    assert plan.hardware.device == "cpu" and plan.hardware.dollars_per_hour == 3.0
+    assert plan.values["hardware.dtype"] == "float32"
+    assert plan.estimates["seconds"] > 20 * gpu.estimates["seconds"]
 
 
 @pytest.mark.parametrize("other", ["tokens", "tokens_per_param"])
@@ -160,6 +171,24 @@ def test_eight_gpus_share_training_and_exams() -> None:
     assert eight["rl"]["seconds"] > 467 * 256 * 4 * 561e6 / 3.35e12
 
 
+def test_few_questions_do_not_keep_eight_gpus_busy() -> None:
+    _, recipe = load_recipe("speedrun")
+    few = dataclasses.replace(recipe.evaluate, max_examples=60)
+    recipe = dataclasses.replace(recipe, evaluate=few)
+    took = [
+        resolve(recipe, hardware.parse(f"{n}xh100")).estimates["stages"]["evaluate"]["seconds"] - 2
+        for n in (1, 2, 8)
+    ]
+    assert took[0] / took[1] == pytest.approx(2, rel=0.05)
+    assert took[1] == pytest.approx(took[2], abs=0.1)  # two units of 32
+
+
+def test_logits_of_a_gpu_come_in_larger_chunks() -> None:
+    model = scaling.model_config(12, vocab_size=32768)
+    cpu, gpu = (training_memory(model, 65_536, on_cpu=on_cpu).logits for on_cpu in (True, False))
+    assert (cpu, gpu) == (2**23 * 12, 2**27 * 12)
+
+
 def test_gpus_beyond_the_prompts_of_a_step_do_not_shorten_rl() -> None:
     _, recipe = load_recipe("speedrun")  # 16 prompts a step
     took = {
@@ -194,11 +223,11 @@ def test_the_batch_is_whole_rows_and_grows_with_the_horizon(tokens: int, seq_len
 def test_rows_fit_their_budget(depth: int, exponent: int) -> None:
     model = scaling.model_config(depth, vocab_size=4096)
     budget = 2**exponent
-    rows = rows_that_fit(model, 512, budget_bytes=budget, bytes_per_value=4)
+    rows = rows_that_fit(model, 512, budget_bytes=budget)
     if rows:
-        assert training_memory(model, rows * 512, bytes_per_value=4).total <= budget
+        assert training_memory(model, rows * 512).total <= budget
     if 0 < rows < 1024:
-        assert training_memory(model, 2 * rows * 512, bytes_per_value=4).total > budget
+        assert training_memory(model, 2 * rows * 512).total > budget
 
 
 @pytest.mark.parametrize(
@@ -249,8 +278,10 @@ def test_activations_are_checkpointed_where_not_one_row_fits_without() -> None:
 
 def test_what_a_checkpointed_pass_holds() -> None:
     model = scaling.model_config(20, vocab_size=32768, arch="speedrun", max_seq_len=2048)
-    plain = training_memory(model, 65_536, bytes_per_value=2)
-    again = training_memory(model, 65_536, bytes_per_value=2, checkpoint_activations=True)
+    plain = training_memory(model, 65_536, dtype="bfloat16", on_cpu=False)
+    again = training_memory(
+        model, 65_536, dtype="bfloat16", on_cpu=False, checkpoint_activations=True
+    )
     # 2 bytes a layer and number of the stream, and one layer whole: 74 of 680 at depth 20
     assert again.activations / plain.activations == pytest.approx(74 / 680, rel=0.001)
     assert again.weights == plain.weights and again.optimizer == plain.optimizer

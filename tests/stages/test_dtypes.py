@@ -25,6 +25,18 @@ def run(recipe: Path, out: Path, *words: object) -> None:
     assert done == 0
 
 
+def stop_at_pass(patch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM, once, when the network makes its gradients for the `number`-th time."""
+    whole, count = Transformer.add_gradients, iter(range(10**9))
+
+    def stop_once(self, ids, targets, weights):
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, ids, targets, weights)
+
+    patch.setattr(Transformer, "add_gradients", stop_once)
+
+
 def test_every_stage_in_float16_stops_and_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,18 +46,9 @@ def test_every_stage_in_float16_stops_and_goes_on_bit_for_bit(
     words = ("--hardware.dtype", "float16", "--until", "rl")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(recipe, whole, *words)
-    stopping = Transformer.add_gradients
-    count = iter(range(10**9))
-
-    def stop_once(self, ids, targets, weights):
-        if next(count) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return stopping(self, ids, targets, weights)
-
-    monkeypatch.setattr(Transformer, "add_gradients", stop_once)
-    code = cli.main([*map(str, ("run", recipe, "--out", halves, *words))])
-    assert code == 75
-    monkeypatch.setattr(Transformer, "add_gradients", stopping)
+    with monkeypatch.context() as patch:
+        stop_at_pass(patch, 7)
+        assert cli.main([*map(str, ("run", recipe, "--out", halves, *words))]) == 75
     state = next((halves / "base" / "checkpoints").iterdir()) / "train_state" / "state.json"
     assert json.loads(state.read_text())["loss_scale"]["value"] > 2**16
     run(recipe, halves, *words)
@@ -55,6 +58,31 @@ def test_every_stage_in_float16_stops_and_goes_on_bit_for_bit(
     assert "gradients beyond float16; again" in (whole / "base" / "log.txt").read_text()
     assert not any("skipped" in row for row in metrics(whole))
     assert "computes in float16" in (whole / "base" / "log.txt").read_text()
+
+
+def test_rounded_products_stop_and_go_on_bit_for_bit_and_rl_leaves_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a processor with fast bfloat16 does without being asked."""
+    recipe = write_recipe(tmp_path)
+    words = ("--hardware.dtype", "bfloat16_products")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(recipe, whole, *words)
+    with monkeypatch.context() as patch:
+        stop_at_pass(patch, 7)
+        assert cli.main([*map(str, ("run", recipe, "--out", halves, *words))]) == 75
+    run(recipe, halves, *words)
+    assert differences(artefacts(whole), artefacts(halves)) == []
+    said = {stage: (whole / stage / "log.txt").read_text() for stage in ("base", "sft", "rl")}
+    assert "computes in bfloat16_products" in said["base"]
+    assert "computes in bfloat16_products" in said["sft"]
+    assert "rl: computes in float32" in said["rl"]
+
+
+def test_rl_in_fp8_compares_like_with_like(tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path), tmp_path / "run"
+    run(recipe, out, "--hardware.dtype", "fp8", "--until", "rl")
+    assert "rl: computes in bfloat16" in (out / "rl" / "log.txt").read_text()
 
 
 def test_a_run_goes_on_in_another_dtype(tmp_path: Path) -> None:
@@ -74,16 +102,18 @@ def test_a_run_goes_on_in_another_dtype(tmp_path: Path) -> None:
             assert "loss_scale" not in a
 
 
-def test_two_ranks_in_float16_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16_products"])
+def test_two_ranks_in_half_precision_equal_one(tmp_path: Path, dtype: str) -> None:
     recipe = write_recipe(tmp_path)
-    words = ("run", recipe, "--until", "base", "--hardware.dtype", "float16")
+    words = ("run", recipe, "--until", "base", "--hardware.dtype", dtype)
     for name, ranks in (("one", "1"), ("two", "2")):
         done = fledge(*words, "--out", tmp_path / name, "--nproc", ranks)
         assert done.returncode == 0, done.stderr
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=2e-3)
-        assert b["loss_scale"] == a["loss_scale"]
+        assert b.get("loss_scale") == a.get("loss_scale")
+        assert ("loss_scale" in a) == (dtype == "float16")
 
 
 def test_checkpointed_activations_leave_the_same_files(tmp_path: Path) -> None:

@@ -404,6 +404,39 @@ def test_minutes_are_measured_once_and_hold_for_the_run(
     assert "base.tokens" in err and next(rates) == 800.0
 
 
+def test_the_probe_halves_its_rows_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planner.resolve(
+        Recipe(
+            model=ModelSection(depth=1, max_seq_len=64),
+            tokenizer=TokenizerSection(vocab_size=512),
+            base=BaseSection(tokens=4096, global_batch_tokens=512, device_batch_size=8),
+        ),
+        hardware.parse("2xcpu"),
+    )
+    sizes: list[int] = []
+    real = probe.accumulate
+
+    def small_memory(model: Any, ids: Any, mask: Any, size: int) -> tuple[float, int]:
+        sizes.append(size)
+        if size > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(model, ids, mask, size)
+
+    monkeypatch.setattr(probe, "accumulate", small_memory)
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.05)
+    one = probe.tokens_per_second(plan, "cpu")
+    assert sizes[:3] == [8, 4, 2] and set(sizes[2:]) == {2}
+    # ranks are taken to be so many times as fast
+    monkeypatch.setattr(probe, "tokens_per_second", lambda plan, device: one)
+    recipe = Recipe(base=BaseSection(minutes=1))
+    plans = [
+        probe.plan_at_measured_speed(recipe, planner.resolve(recipe, plan.hardware), "cpu", ranks)
+        for ranks in (1, 3)
+    ]
+    first, third = (p.hardware.training_flops or 0.0 for p in plans)
+    assert third == pytest.approx(3 * first)
+
+
 def test_a_run_goes_on_in_its_dtype_and_says_what_it_was(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

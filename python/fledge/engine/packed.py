@@ -50,8 +50,9 @@ class _Fresh:
     def __init__(self, batch: int, width: int, view: AttentionView | None = None) -> None:
         self.batch = batch
         self.view = view
-        seen = torch.ones(width, width, dtype=torch.bool).tril_()
-        self.mask = torch.zeros(width, width).masked_fill_(~seen, float("-inf"))[None, None]
+        if view is None:
+            seen = torch.ones(width, width, dtype=torch.bool).tril_()
+            self.mask = torch.zeros(width, width).masked_fill_(~seen, float("-inf"))[None, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (
@@ -118,6 +119,8 @@ class PackedRunner(Runner):
         self.config = model.config
         pairs = torch.complex(model.cos, model.sin)  # [positions, K/2]
         self._turns = pairs[:, None]
+        # 0, K/2, 1, K/2 + 1, ...
+        self._order = torch.arange(model.config.head_dim).view(2, -1).T.flatten()
         self._eps = torch.tensor(model.config.rms_norm_eps)
         self.weights_changed()
 
@@ -126,14 +129,11 @@ class PackedRunner(Runner):
         """Packs the module's weights as they are now."""
         model, c = self.model.model, self.config
         assert isinstance(model, Decoder)
-        order = torch.arange(c.head_dim).view(2, -1).T.flatten()  # 0, K/2, 1, K/2 + 1, ...
+        order = self._order
         self._layers = []
         for block in model.layers:
             assert isinstance(block, Block)
             attention, mlp = block.self_attn, block.mlp
-            qk = torch.cat((attention.q_proj.weight, attention.k_proj.weight))
-            qk = qk.view(-1, c.head_dim, c.hidden_size)[:, order].flatten(0, 1)
-            qkv = torch.cat((qk, attention.v_proj.weight)) * block.input_layernorm.weight
             gain_in = block.post_attention_layernorm.weight
             gain = torch.cat(
                 (
@@ -143,7 +143,7 @@ class PackedRunner(Runner):
             )
             self._layers.append(
                 PackedLayer(
-                    pack(qkv, self.weights),
+                    pack(self._qkv_weight(block), self.weights),
                     pack(attention.o_proj.weight, self.weights),
                     pack_swiglu(
                         mlp.gate_proj.weight * gain_in,
@@ -157,11 +157,7 @@ class PackedRunner(Runner):
         self._embedding = model.embed_tokens.weight.detach()
         self._norm = model.norm.weight.detach()
         self._head = pack(self.model.lm_head.weight, self.weights)
-        # of a scoring pass: the last layer's queries, and its keys and values, by themselves
-        queries = c.num_attention_heads * c.head_dim
-        self._last_q, self._last_kv = (
-            pack(w, self.weights) for w in (qkv[:queries], qkv[queries:])
-        )
+        self._last: tuple[Linear, Linear] | None = None  # made when exams first ask
 
     def prefill(
         self, parts: list[list[int]], pieces: list[Piece], ends: list[int], total: int | None
@@ -212,13 +208,33 @@ class PackedRunner(Runner):
         scored = ScoredPlaces(places, batch, width, None if view is None else view.mask)
         heads, size, layer = c.num_attention_heads, c.head_dim, self._layers[-1]
         normed = self._normed(x)
-        q = self._last_q(normed[places]).view(-1, heads, size)
-        k, v = self._last_kv(normed).view(-1, 2, c.num_key_value_heads, size).unbind(1)
+        queries, keys_values = self._last_parts()
+        q = queries(normed[places]).view(-1, heads, size)
+        k, v = keys_values(normed).view(-1, 2, c.num_key_value_heads, size).unbind(1)
         q = self._turned(q, layer.qk_gain[:heads], turns[places])
         k = self._turned(k, layer.qk_gain[heads:], turns)
         x = layer.out.plus(scored.attend(q, k, v), x[places])
         x = layer.feed_forward.plus(self._normed(x), x)
         return self._normed(x).mul_(self._norm)
+
+    def _last_parts(self) -> tuple[Linear, Linear]:
+        """The last layer's queries, and its keys and values, by themselves: of a scoring pass."""
+        if self._last is None:
+            decoder, split = (
+                self.model.model,
+                self.config.num_attention_heads * self.config.head_dim,
+            )
+            weight = self._qkv_weight(decoder.layers[-1])
+            self._last = pack(weight[:split], self.weights), pack(weight[split:], self.weights)
+        return self._last
+
+    def _qkv_weight(self, block: torch.nn.Module) -> Tensor:
+        """Of queries, keys and values, the norm's gain in it, pairs of a rotation side by side."""
+        assert isinstance(block, Block)
+        attention, size = block.self_attn, self.config.head_dim
+        qk = torch.cat((attention.q_proj.weight, attention.k_proj.weight))
+        qk = qk.view(-1, size, self.config.hidden_size)[:, self._order].flatten(0, 1)
+        return torch.cat((qk, attention.v_proj.weight)) * block.input_layernorm.weight
 
     def _pass(
         self, tokens: list[int], positions: list[int], plan: Plan, total: int | None

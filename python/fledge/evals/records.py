@@ -32,14 +32,18 @@ def digest(value: Any) -> str:
     return hashlib.sha256(files.canonical_json(value).encode()).hexdigest()[:16]
 
 
-def model_hash(folder: Path) -> str:
-    """A hash of the weights, the shape and the tokenizer of a checkpoint folder."""
+def model_hash(folder: Path, dtype: str = "float32") -> str:
+    """A hash of the weights, the shape and the tokenizer of a checkpoint folder.
+
+    dtype: what it computes in; another than float32 is another model, for it scores otherwise.
+    """
     whole = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
             with open(path, "rb") as file:
                 whole.update(path.name.encode())
                 whole.update(hashlib.file_digest(file, "sha256").digest())
+    whole.update(b"" if dtype == "float32" else dtype.encode())
     return whole.hexdigest()[:16]
 
 

@@ -1,11 +1,11 @@
 """Causal attention of whole rows for training on a CPU, its products of bfloat16 numbers.
 
-torch's own kernel for CPUs multiplies small float32 blocks; on a processor that is fast in
-bfloat16 (`precision`: bfloat16_products) two thirds of its time can be saved by plain batched
+torch's own kernel for CPUs multiplies small float32 blocks. On a processor that is fast in bfloat16
+(`precision`: bfloat16_products) a third of its time is saved (docs/log.md) by plain batched
 products of one row's heads at a time, so that their scores stay in the cache, and by keeping the
-probabilities, in bfloat16, for the backward pass instead of making them again. Used by
-`model.attention` and `model.extras` while gradients are wanted; `naive_attend` there is the
-readable twin. Shapes: B batch, H heads, T tokens, K head_dim.
+probabilities, in bfloat16, for the backward pass. Used by `model.attention` and `model.extras`
+while gradients are wanted; `naive_attend` there is the readable twin. Shapes: B batch, H heads,
+T tokens, K head_dim.
 """
 
 from __future__ import annotations

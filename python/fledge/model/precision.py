@@ -6,8 +6,8 @@ the inputs of every matrix product: the embeddings hand out 16-bit rows (`layers
 and each layer follows its input. No autocast: torch would choose for every operation by a list, and
 what a layer computes in could not be read where it stands (docs/decisions/043). With fp8 the large
 linear layers' products are 8-bit ones while gradients are wanted; all else is bfloat16. With
-bfloat16_products, made for CPUs, the stream stays float32 and only what is multiplied is rounded,
-while gradients are wanted: evaluation is float32's.
+bfloat16_products, made for CPUs, the stream stays float32: products read and give bfloat16 numbers
+and sum in float32, while gradients are wanted. Evaluation is float32's.
 
 Called by `Transformer.compute_in`. float16 needs a loss scale (`train.loss_scale`).
 """
@@ -34,11 +34,19 @@ PRODUCTS: dict[str, torch.dtype | None] = STREAM | {"bfloat16_products": torch.b
 """Name -> what the loss and Muon multiply; None = what the weights are in."""
 
 
+def without_gradients(name: str) -> str:
+    """What a network that trains in `name` computes in while no gradients are wanted."""
+    return {"fp8": "bfloat16", "bfloat16_products": "float32"}.get(name, name)
+
+
 def set_precision(model: nn.Module, name: str) -> None:
     """Makes every part of a network compute in it. Raises UserError where it can't be had."""
     stream = STREAM[name]
+    device = next(model.parameters()).device
     if name == "fp8":
-        _require_fp8(next(model.parameters()).device)
+        _require_fp8(device)
+    # elsewhere the stream should be in 16 bits, too: the planner refuses to be asked for this
+    assert name != "bfloat16_products" or device.type in ("cpu", "meta"), device
     for module in model.modules():
         if isinstance(module, Embedding):
             module.compute = stream

@@ -24,7 +24,7 @@ _FP8_GAIN, _FP8_DEPTH = 1.17, 20
 _AGAIN = 4 / 3
 """Time with checkpointed activations: a second forward pass beside a forward and two backward."""
 _CPU_SHARE = 0.6
-"""Share of the cores' matmul rate that training a small model reaches; 0.73 and more on
+"""Share of the cores' matmul rate that training a small model reaches; 0.73 to 1.04 on
 2 Zen 5 cores in float32 (benchmarks/train_cpu.md), less where others compute, too."""
 _ROUNDED_GAIN = 1.5
 """Of training in bfloat16_products where the planner chooses it (docs/log.md: 1.6 to 1.7)."""
@@ -47,6 +47,7 @@ _EXAM_ROWS: dict[str, tuple[int, int]] = {
 """Rows of the real exams, and tokens of one with its few-shot examples and answer (core: 344 MB of
 prompts, shots times rows, of the 22 published files)."""
 _EXAM_TOKENS = 50
+_EXAM_UNIT = 32  # evals/records.py: UNIT
 _EXAM_ITEMS = 2400
 """Items of all exams of a world together, and tokens per item (prompt and answer)."""
 
@@ -101,7 +102,7 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
     alone = rate / hardware.device_count
     shared = alone * min(hardware.device_count, values["rl.prompts_per_step"])  # no prompt is cut
     stages["rl"] = _rl(values, counts.flops_per_token, forward, shared, token)
-    stages["evaluate"] = _evaluate(values, forward, rate)
+    stages["evaluate"] = _evaluate(values, forward, alone, hardware.device_count)
     seconds = sum(stage["seconds"] for stage in stages.values())
     price = hardware.dollars_per_hour
     for stage in stages.values():
@@ -112,7 +113,8 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
     memory = training_memory(
         model,
         rows,
-        bytes_per_value=4 if dtype in ("float32", "bfloat16_products") else 2,
+        dtype=dtype,
+        on_cpu=values["hardware.device"] == "cpu",
         checkpoint_activations=again,
     )
     return {
@@ -148,8 +150,12 @@ def _rl(
     return {"tokens": tokens, "flops": total, "seconds": seconds}
 
 
-def _evaluate(values: dict[str, Any], forward: float, rate: float) -> dict[str, float]:
+def _evaluate(
+    values: dict[str, Any], forward: float, rate: float, devices: int
+) -> dict[str, float]:
+    """`rate`: of one device. Examples go to the devices _EXAM_UNIT at a time: few keep few busy."""
     limit = values["evaluate.max_examples"]
+    rate *= devices if limit is None else min(devices, -(-limit // _EXAM_UNIT))
     asked = [_EXAM_ROWS[name] for name in values["evaluate.tasks"] or () if name in _EXAM_ROWS]
     items = _EXAM_ITEMS if limit is None else min(_EXAM_ITEMS, 5 * limit)
     stages = len(values["evaluate.stages"]) - (

@@ -97,6 +97,21 @@ class Hardware:
         """Plain dict for resolved.json and --json."""
         return dataclasses.asdict(self)
 
+    def without_gpus(self) -> Hardware:
+        """Its processor alone, at the same price: what `hardware.device = "cpu"` leaves."""
+        here = self.source == "detected"
+        return dataclasses.replace(
+            self,
+            name=f"{self.cpu_cores} CPU cores of {self.name}",
+            device="cpu",
+            device_count=1,
+            device_memory_bytes=self.host_memory_bytes,
+            peak_flops=CORE_FLOPS * self.cpu_cores,
+            matmul_flops=CORE_FLOPS * self.cpu_cores,
+            memory_bandwidth=CORE_BANDWIDTH * self.cpu_cores,
+            dtype=_cpu_dtype(_read("/proc/cpuinfo")) if here else "float32",
+        )
+
 
 def fledge_home() -> Path:
     """Where downloads and machine.json live: FLEDGE_HOME, by default ~/.cache/fledge."""

@@ -15,8 +15,8 @@ ACTIVATION_BYTES = 34
 """Bytes kept per token, layer and unit of width in bf16 (no checkpointing); fp32 keeps twice."""
 KEPT_BYTES = 2
 """The same of a checkpointed layer: its input, one number in bf16."""
-CHUNK_LOGITS = {4: 2**23, 2: 2**27}
-"""Logits alive at once, by bytes of a value: `model.loss` never holds all of them."""
+CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**23, 2**27
+"""Logits alive at once: `model.loss` never holds all of them."""
 PROCESS_BYTES = 780_000_000
 """Python, torch, libraries, data: a depth-2 run peaked at 0.85 GB, 0.07 of it tensors."""
 
@@ -43,15 +43,17 @@ def training_memory(
     model: ModelConfig,
     tokens_per_pass: int,
     *,
-    bytes_per_value: int,
+    dtype: str = "float32",
+    on_cpu: bool = True,
     checkpoint_activations: bool = False,
 ) -> Memory:
     """Memory with `tokens_per_pass` tokens in one forward and backward pass.
 
-    bytes_per_value: of activations; 4 = fp32 (CPU), 2 = bf16 (GPU). Masters, gradients, Muon's one
-    buffer (matrices) and AdamW's two (the rest) are fp32; in bf16 a pass also keeps a rounded copy
-    of every matrix that it multiplies.
+    dtype: as hardware.dtype; activations are fp32 in float32 and bfloat16_products, else of 16
+    bits. Masters, gradients, Muon's one buffer (matrices) and AdamW's two (the rest) are fp32; in
+    16 bits a pass also keeps a rounded copy of every matrix that it multiplies.
     """
+    bytes_per_value = 4 if dtype in ("float32", "bfloat16_products") else 2
     counts = count(model)
     rest = counts.parameters - counts.matrix_parameters
     scale = bytes_per_value / 2
@@ -61,7 +63,9 @@ def training_memory(
         per_width = KEPT_BYTES * layers + ACTIVATION_BYTES  # one layer's at a time
     width = model.hidden_size
     rounded = 0 if bytes_per_value == 4 else bytes_per_value * counts.scaling_parameters
-    logits = min(tokens_per_pass * model.vocab_size, CHUNK_LOGITS[bytes_per_value])
+    logits = min(
+        tokens_per_pass * model.vocab_size, CPU_CHUNK_LOGITS if on_cpu else GPU_CHUNK_LOGITS
+    )
     return Memory(
         weights=4 * counts.parameters + rounded,
         gradients=4 * counts.parameters,
@@ -77,7 +81,8 @@ def rows_that_fit(
     seq_len: int,
     *,
     budget_bytes: int,
-    bytes_per_value: int,
+    dtype: str = "float32",
+    on_cpu: bool = True,
     checkpoint_activations: bool = False,
 ) -> int:
     """The largest power of two of rows whose training fits the budget; 0 if not even one does."""
@@ -87,7 +92,8 @@ def rows_that_fit(
         need = training_memory(
             model,
             candidate * seq_len,
-            bytes_per_value=bytes_per_value,
+            dtype=dtype,
+            on_cpu=on_cpu,
             checkpoint_activations=checkpoint_activations,
         )
         if need.total > budget_bytes:

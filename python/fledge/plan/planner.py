@@ -74,6 +74,8 @@ def require_text(recipe: Recipe) -> None:
 
 def resolve(recipe: Recipe, hardware: Hardware) -> Plan:
     """The plan of a recipe on a machine. Raises UserError for values that cannot work."""
+    if recipe.hardware.device == "cpu" and hardware.device != "cpu":
+        hardware = hardware.without_gpus()
     draft = _Draft(recipe)
     _plan_tokenizer(draft)
     model = _plan_model(draft)
@@ -306,7 +308,7 @@ def _tokens_in(draft: _Draft, model: ModelConfig, hardware: Hardware) -> tuple[i
             )
     device = draft.recipe.hardware.device or hardware.device
     dtype = draft.recipe.hardware.dtype or _default_dtype(device, hardware)[0]
-    _check_dtype(dtype, hardware)
+    _check_dtype(dtype, device)
     flops = estimate.training_rate(model, hardware, dtype)
     rate = flops / scaling.count(model).flops_per_token
     how = "an assumed rate; `fledge run` measures it first"
@@ -405,13 +407,14 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
     device = draft.put("hardware.device", hardware.device, "the best this machine has")
     on_cpu = device == "cpu"
     dtype = draft.put("hardware.dtype", *_default_dtype(device, hardware))
-    _check_dtype(dtype, hardware)
+    _check_dtype(dtype, device)
     fits, checkpointed = (
         rows_that_fit(
             model,
             seq_len,
             budget_bytes=int(DEFAULTS.memory_share * hardware.device_memory_bytes),
-            bytes_per_value=4 if dtype in ("float32", "bfloat16_products") else 2,
+            dtype=dtype,
+            on_cpu=on_cpu,
             checkpoint_activations=again,
         )
         for again in (False, True)
@@ -437,7 +440,7 @@ def _plan_execution(draft: _Draft, model: ModelConfig, hardware: Hardware) -> No
         draft.put(f"{stage}.chatcore_every", *_chatcore_every(draft, stage, on_cpu))
     draft.put(
         "hardware.async_checkpoints",
-        device != "cpu",
+        not on_cpu,
         "on GPUs; on a CPU it saves half a second a checkpoint and holds a copy of all state",
     )
     draft.put("hardware.threads", hardware.cpu_cores, "all cores this process may use")
@@ -452,11 +455,11 @@ def _chatcore_every(draft: _Draft, stage: str, on_cpu: bool) -> tuple[int, str]:
     return math.ceil(steps / DEFAULTS.chatcore_looks), "four looks from depth 8 on"
 
 
-def _check_dtype(dtype: str, hardware: Hardware) -> None:
-    """UserError for rounded products on a GPU, where bfloat16 is what they should be."""
-    if dtype == "bfloat16_products" and hardware.device == "cuda":
+def _check_dtype(dtype: str, device: str) -> None:
+    """UserError for rounded products elsewhere than on a CPU."""
+    if dtype == "bfloat16_products" and device != "cpu":
         raise UserError(
-            f"hardware.dtype = bfloat16_products on {hardware.name}",
+            f"hardware.dtype = bfloat16_products on {device}",
             "it is for CPUs, whose passes over memory are not faster in 16 bits",
             "give bfloat16, or leave hardware.dtype out",
         )

@@ -27,6 +27,7 @@ from fledge.evals.tasks.core import CORE
 from fledge.evals.tasks.registry import find_tasks
 from fledge.evals.tasks.worlds import EXAMS
 from fledge.model import Transformer
+from fledge.model.precision import without_gradients
 from fledge.report import gather
 from fledge.run import Run, find_checkpoint
 from fledge.stages import chat_exam
@@ -58,7 +59,7 @@ class Candidate:
         self.folder = folder
         self.store = store
         self.device = device
-        self.dtype = "bfloat16" if dtype == "fp8" else dtype  # fp8 is for training
+        self.dtype = dtype
         self.is_foreign = is_foreign
         self.world = world or World()
 
@@ -118,8 +119,9 @@ def run(ctx: StageContext, *, resume: bool) -> None:
         stop_if_asked()
 
     for stage, folder in folders.items():
-        store = Store(ctx.run.evaluate_dir(stage), model_hash(folder))
-        dtype = ctx.recipe.hardware.dtype or "float32"
+        dtype = without_gradients(ctx.recipe.hardware.dtype or "float32")
+        key = model_hash(folder, dtype)
+        store = Store(ctx.run.evaluate_dir(stage), key)
         candidate = Candidate(folder, store, device=ctx.device, dtype=dtype, world=ctx.world)
         results = []
         for task in tasks:
@@ -131,7 +133,6 @@ def run(ctx: StageContext, *, resume: bool) -> None:
         if ctx.world.leads:
             write_composites(ctx.run.evaluate_dir(stage), results, options)
         if section.dialogues:
-            key = model_hash(folder)
             asked: dict[str, Any] = {"count": section.dialogues, "key": key}
             found = chat_exam.kept(ctx.run, stage, **asked) if ctx.world.leads else None
             found = ctx.world.tell(found)

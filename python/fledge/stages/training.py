@@ -19,6 +19,7 @@ from fledge.data.loader import COUNTED, Ahead, Documents, Loader
 from fledge.errors import Interrupted, UserError
 from fledge.evals import bpb
 from fledge.model import Transformer
+from fledge.model.precision import without_gradients
 from fledge.optim.groups import LearningRates, Optimizers
 from fledge.optim.schedule import Schedule
 from fledge.optim.sharded import ShardedOptimizers
@@ -68,10 +69,9 @@ class TrainedStage:
             model = Transformer.load(source, device=ctx.device)
         dtype = ctx.recipe.hardware.dtype or "float32"
         if stage == "rl":  # its log-probabilities are compared with the sampler's
-            dtype = {"bfloat16_products": "float32", "fp8": "bfloat16"}.get(dtype, dtype)
+            dtype = without_gradients(dtype)
         again = ctx.recipe.hardware.checkpoint_activations or False
         model.compute_in(dtype, checkpoint_activations=again)
-        ctx.progress.note(f"{stage}: computes in {dtype}")
         share = getattr(section, "lr_scale", 1.0)
         rates, world = LearningRates.of(base).scaled(share), ctx.world
         optimizers = (
@@ -87,7 +87,6 @@ class TrainedStage:
         ctx.world.wait()  # all have read it: now the leader may tidy up
         if own is not None and world.leads:
             drop_old_checkpoints(ctx.run, stage, section.save_every)  # a kill may have left one
-            ctx.progress.note(f"{stage}: going on from step {self.state['step']}")
         schedule = Schedule(
             steps,
             min(section.warmup_steps, steps // 2),
@@ -116,6 +115,9 @@ class TrainedStage:
         self.metrics = MetricsLog(ctx.run.metrics_file(stage)) if world.leads else NoMetrics()
         self.metrics.truncate_after(start)
         ctx.progress.stage(stage, steps, "steps", done=start, log=ctx.run.log_file(stage))
+        ctx.progress.note(f"{stage}: computes in {dtype}")
+        if own is not None:
+            ctx.progress.note(f"{stage}: going on from step {start}")
 
     def evaluate(self, step: int) -> Row:
         return self._evaluate(self.job.model)
