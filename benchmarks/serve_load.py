@@ -31,6 +31,7 @@ RESULTS = Path(__file__).with_suffix(".md")
 STEP_SECONDS = 0.01  # of the fake engine: 100 tokens per second and row
 SLOTS = 64
 CANCELS, TOOLS = 0.2, 0.1
+SPREAD = 0.3  # seconds over which the clients of a level arrive
 
 
 # -- the server process --------------------------------------------------------------------------
@@ -191,11 +192,13 @@ async def closed_loop(
 
     async def client(i: int) -> None:
         rng = random.Random(1000 * concurrency + i)
+        await asyncio.sleep(rng.random() * SPREAD)
         while time.monotonic() < until:
             shed = tally.shed
             await one(port, model, rng, tally, mixed=mixed)
             if tally.shed > shed:
-                await asyncio.sleep(0.2)  # a polite client; Retry-After says a second or more
+                # politer clients would wait the second or more of Retry-After
+                await asyncio.sleep(0.2 * rng.uniform(0.5, 1.5))
 
     await asyncio.gather(*map(client, range(concurrency)))
     return tally

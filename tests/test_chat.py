@@ -174,10 +174,13 @@ def test_commands(tok: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[
     handle(made, "")
     handle(made, "Hello")
     handle(made, "/temp 0.7")
+    handle(made, "/dry 0.4")
     handle(made, "/seed 5")
     handle(made, "/system Be brief.")
     handle(made, "/retry")
-    assert made.settings == Settings(temperature=0.7, seed=6, max_tokens=100, system="Be brief.")
+    assert made.settings == Settings(
+        temperature=0.7, dry_multiplier=0.4, seed=6, max_tokens=100, system="Be brief."
+    )
     assert made.messages[-1]["content"] == [{"type": "text", "text": "second"}]
     assert len(made.messages) == 2
     assert "Be brief." in tok.decode(made.engine.prompts[-1])  # type: ignore[attr-defined]
@@ -187,7 +190,15 @@ def test_commands(tok: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[
     path = tmp_path / "talk.json"
     handle(made, f"/save {path}")
     assert json.loads(path.read_text())["messages"] == made.messages
-    for line in (f"/save {path}", "/save", "/temp hot", "/temp -1", "/nonsense"):
+    for line in (
+        f"/save {path}",
+        "/save",
+        "/temp hot",
+        "/temp -1",
+        "/dry x",
+        "/dry -1",
+        "/nonsense",
+    ):
         with pytest.raises(UserError):
             handle(made, line)
     handle(made, "/clear")

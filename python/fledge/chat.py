@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fledge.errors import EXIT_DONE, EXIT_INTERRUPTED, FledgeError, UserError
+from fledge.plan.defaults import CHAT_DRY_MULTIPLIER
 from fledge.run import Run, find_checkpoint
 from fledge.tokenizer.chat import prompt_room, render_prompt, window
 from fledge.tokenizer.reply import split_parts
@@ -35,6 +36,7 @@ class Settings:
     """How answers are sampled."""
 
     temperature: float = 0.0
+    dry_multiplier: float = CHAT_DRY_MULTIPLIER
     seed: int = 0
     max_tokens: int = 256
     system: str | None = None
@@ -225,7 +227,12 @@ def open_chat(
     engine.model.eval()
 
     def params(now: Settings) -> SamplingParams:
-        return SamplingParams(max_tokens=now.max_tokens, temperature=now.temperature, seed=now.seed)
+        return SamplingParams(
+            max_tokens=now.max_tokens,
+            temperature=now.temperature,
+            dry_multiplier=now.dry_multiplier,
+            seed=now.seed,
+        )
 
     with Tools() as tools:
         yield Chat(

@@ -25,6 +25,7 @@ from fledge.tokenizer.chat import render_prompt
 HELP = """\
 /help            this list
 /temp X          sampling temperature; 0 always takes the likeliest token
+/dry X           how firmly going round in circles is held back; 0 = not at all
 /seed N          seed of the sampling
 /system TEXT     a system message; without TEXT none
 /retry           answer the last question again, with the next seed
@@ -171,6 +172,13 @@ def _set_temperature(chat: Chat, text: str) -> None:
     chat.settings = replace(chat.settings, temperature=value)
 
 
+def _set_dry(chat: Chat, text: str) -> None:
+    value = _number(text, float)
+    if not 0 <= value <= 100:
+        raise UserError(f"dry {text}", "it is out of range", "give 0 to 100; 0.8 is usual")
+    chat.settings = replace(chat.settings, dry_multiplier=value)
+
+
 def _set_seed(chat: Chat, text: str) -> None:
     chat.settings = replace(chat.settings, seed=_number(text, int))
 
@@ -236,10 +244,13 @@ def _settings(now: Settings, saved: dict[str, Any]) -> Settings:
     """`now` with what a file says; ValueError for values that no command would take."""
     wanted = asdict(now) | {k: v for k, v in saved.items() if k in asdict(now)}
     temperature, system = wanted["temperature"], wanted["system"]
+    dry = wanted["dry_multiplier"]
     whole = [wanted["seed"], wanted["max_tokens"]]
     sound = (
         isinstance(temperature, (int, float))
         and 0 <= temperature <= 10
+        and isinstance(dry, (int, float))
+        and 0 <= dry <= 100
         and all(type(number) is int for number in whole)
         and wanted["max_tokens"] > 0
         and isinstance(system, (str, type(None)))
@@ -258,6 +269,7 @@ def _path(text: str, command: str) -> Path:
 _COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "/help": lambda _, __: print(HELP),
     "/temp": _set_temperature,
+    "/dry": _set_dry,
     "/seed": _set_seed,
     "/system": _set_system,
     "/retry": _retry,

@@ -374,11 +374,17 @@ def verb_eval(words: list[str]) -> int:
 
 def verb_chat(words: list[str]) -> int:
     """`fledge chat`: talk to a model."""
+    from fledge import chat
+
     parser = Parser("chat", VERBS["chat"].summary)
     parser.add_argument("model", type=Path, help="a run directory or a checkpoint folder")
     parser.add_argument("-p", "--prompt", help="ask once and leave; - reads standard input")
     parser.add_argument("--system", help="a system message to begin with")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest")
+    parser.add_argument(
+        "--dry-multiplier", type=float, default=chat.CHAT_DRY_MULTIPLIER,
+        help="how firmly going round in circles is held back; 0 = not at all",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--max-tokens", type=positive, default=256, help="longest answer")
     parser.add_argument(
@@ -386,10 +392,9 @@ def verb_chat(words: list[str]) -> int:
     )
     args = parser.parse_args(words)
     require_folder(args.model)
-    from fledge import chat
-
     settings = chat.Settings(
         temperature=args.temperature,
+        dry_multiplier=args.dry_multiplier,
         seed=args.seed,
         max_tokens=args.max_tokens,
         system=args.system,

@@ -148,6 +148,8 @@ def core_blocks(facts: Mapping[str, Any]) -> list[Block]:
 CHAT_MEASURES = {
     "stops": "replies that end by themselves",
     "repeats": "four-word runs said before in the same reply",
+    "stops_likeliest": "the same two, by the likeliest token alone: replies that end",
+    "repeats_likeliest": "and four-word runs said before",
     "recalls": "probes that use what was told a turn before",
     "flips": "right answers given up when the user asserts a wrong one",
     "calls": "problems answered with a tool call in good form",
@@ -171,11 +173,12 @@ def chat_blocks(run: Run, facts: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [
         Heading("Is the chat any good?"),
         Paragraph(
-            "Greedy replies in dialogues that no stage was trained on, at most three turns each, "
-            f"and probes; up to {count} of a kind, with 95 % intervals. All of it is counted, not "
-            "judged. A dash: nothing could be asked (no fact was known that one might give up). "
-            "Bits per byte have no interval: they are one mean over all bytes, and bytes of one "
-            "dialogue depend on each other."
+            "Replies as `fledge chat` gives them by itself (the likeliest token, going round in "
+            "circles held back) in dialogues that no stage was trained on, at most three turns "
+            f"each, and probes; up to {count} of a kind, with 95 % intervals. All of it is "
+            "counted, not judged. A dash: nothing could be asked (no fact was known that one might "
+            "give up). Bits per byte have no interval: they are one mean over all bytes, and bytes "
+            "of one dialogue depend on each other."
         ),
         Table(["share of", *measured], rows),
     ]

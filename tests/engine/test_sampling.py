@@ -1,13 +1,14 @@
 """Draws follow the exact distribution of their row's parameters, whatever the other rows want."""
 
 import math
+import random
 
 import pytest
 import torch
 
 from fledge.engine import sampling
 from fledge.engine.requests import SamplingParams
-from fledge.engine.sampling import adjust, best, sample, uniform
+from fledge.engine.sampling import adjust, best, repeats_to_come, sample, uniform
 from fledge.errors import UserError
 
 DRAWS = 40000
@@ -115,6 +116,44 @@ def test_penalties_and_bias_equal_their_definitions():
     assert logits.tolist() == [1.0, -1.0, 2.0, 0.5]
 
 
+def naive_repeats(ids: list[int]) -> dict[int, int]:
+    """Every token, and the longest end of the text that stood before it somewhere."""
+    found = {}
+    for token in range(5):
+        runs = [
+            n
+            for n in range(2, len(ids))
+            if any(ids[i : i + n + 1] == [*ids[-n:], token] for i in range(len(ids) - n))
+        ]
+        if runs:
+            found[token] = max(runs)
+    return found
+
+
+def test_going_on_with_what_was_said_costs_more_the_longer_it_is():
+    draw = random.Random(0)
+    for _ in range(300):
+        ids = [draw.randrange(3) for _ in range(draw.randrange(1, 15))]
+        assert repeats_to_come(ids) == naive_repeats(ids), ids
+    logits = torch.zeros(5)
+    row = adjust(logits, SamplingParams(dry_multiplier=0.8), [], [1, 2, 3, 4, 1, 2, 3])
+    assert row.tolist() == pytest.approx([0, 0, 0, 0, -0.8 * 1.75])
+    free = adjust(logits, SamplingParams(dry_multiplier=0.8), [1, 2, 3], [1, 2])
+    assert free.tolist() == [0] * 5  # what the prompt said may be said again
+
+
+def test_a_circle_is_left():
+    """A row that would say 1 2 1 2 ... for ever says something else."""
+    circle, said = torch.tensor([0.0, 5.0, 5.0, 4.0]), [1, 2]
+    for _ in range(12):
+        logits = circle.clone()
+        logits[said[-1]] = 0.0
+        params = SamplingParams(dry_multiplier=0.8)
+        said.append(int(adjust(logits, params, [], said).argmax()))
+    assert 3 in said[:10]
+    assert repeats_to_come([1] * 100) == {1: 24}
+
+
 def test_only_allowed_tokens_come():
     logits = torch.tensor([[1.0, -1.0, 2.0, 0.5]])
     for allowed in ([1, 3], lambda ids: [1, 3] if ids == [7] else None):
@@ -135,6 +174,7 @@ def test_only_allowed_tokens_come():
         {"top_p": 1.5},
         {"min_p": -0.1},
         {"repetition_penalty": 0.0},
+        {"dry_multiplier": -0.1},
         {"n": 0},
         {"top_logprobs": -1},
         {"top_logprobs": 1, "logprobs": False},

@@ -74,8 +74,23 @@ def test_dialogues_go_on_with_the_models_own_words():
 def test_stopping_and_repeating():
     looping = look(Parrot(lambda _: "one two three four " * 3, stops=False), dialogues=[TALK])
     assert looping["stops"]["value"] == 0.0 and looping["repeats"]["value"] > 0.4
+    assert looping["stops_likeliest"] == looping["stops"]
     fine = look(Parrot(lambda _: "one two three four five"), dialogues=[TALK])
     assert fine["repeats"]["value"] == 0.0
+
+
+def test_replies_are_chosen_as_the_chat_chooses_them_and_once_by_the_likeliest_alone():
+    asked = []
+
+    class Held(Parrot):
+        def generate(self, prompts, params, tools=None):
+            asked.append(params.dry_multiplier)
+            self._stops = params.dry_multiplier > 0
+            return super().generate(prompts, params, tools)
+
+    scores = look(Held(lambda _: "one two three four " * 3), dialogues=[TALK])
+    assert asked == [0.8] * 3 + [0.0] * 3
+    assert (scores["stops"]["value"], scores["stops_likeliest"]["value"]) == (1.0, 0.0)
 
 
 def test_memory():

@@ -234,11 +234,13 @@ def test_sampling_reaches_the_engine(client, fake):
     client.chat.completions.create(
         model="fake", messages=user("say x"), temperature=0.5, top_p=0.9, seed=7, n=2,
         presence_penalty=1, frequency_penalty=-1, logit_bias={"65": 5},
-        extra_body={"top_k": 40, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True},
+        extra_body={"top_k": 40, "min_p": 0.1, "repetition_penalty": 1.2, "dry_multiplier": 0.8,
+                    "ignore_eos": True},
     )  # fmt: skip
     params = list(fake.engine.requests.values())[-1].params
     assert (params.temperature, params.top_p, params.seed, params.n) == (0.5, 0.9, 7, 2)
     assert (params.presence_penalty, params.frequency_penalty) == (1, -1)
+    assert params.dry_multiplier == 0.8
     assert (params.top_k, params.min_p, params.repetition_penalty) == (40, 0.1, 1.2)
     assert params.logit_bias == {65: 5} and params.ignore_eos is True
 

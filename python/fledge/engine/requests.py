@@ -26,6 +26,8 @@ class SamplingParams:
     temperature, top_k, top_p, min_p, the draw. repetition_penalty divides positive and multiplies
     negative logits of every token seen, prompt included (Keskar et al., arXiv 1909.05858, as
     transformers does it); presence and frequency penalties count generated tokens only (OpenAI).
+    dry_multiplier (0 = off) is against going round in circles ("DRY", p-e-w 2024, as in llama.cpp):
+    a token that would go on with a run of n >= 2 tokens said before loses multiplier x 1.75^(n-2).
     """
 
     max_tokens: int = 256
@@ -36,6 +38,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_tokens: AllowedTokens | None = None
     seed: int = 0
@@ -56,6 +59,7 @@ class SamplingParams:
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
             "presence_penalty": (abs(self.presence_penalty) <= 100, "from -100 to 100"),
             "frequency_penalty": (abs(self.frequency_penalty) <= 100, "from -100 to 100"),
+            "dry_multiplier": (0 <= self.dry_multiplier <= 100, "from 0 to 100"),
             "logit_bias": (
                 all(abs(b) <= 1e4 for b in self.logit_bias.values()),
                 "numbers from -10000 to 10000",
@@ -80,6 +84,7 @@ class SamplingParams:
             self.repetition_penalty != 1
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
+            or self.dry_multiplier != 0
         )
 
     @property

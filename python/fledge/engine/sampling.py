@@ -19,6 +19,8 @@ from fledge.engine.requests import SamplingParams
 
 _MASK = (1 << 64) - 1
 BLOCK = 64  # logits that `best` looks at as one
+DRY_BASE, DRY_ALLOWED = 1.75, 2  # its author's defaults (llama.cpp: common/common.h)
+DRY_LONGEST = 24  # 0.8 x 1.75^22 is 180,000: nothing survives that
 FIRST_CANDIDATES = 256  # how many of the best tokens top_p and min_p look at before sorting all
 
 
@@ -51,6 +53,9 @@ def adjust(
         ids = torch.tensor(list(counts), device=device)
         number = torch.tensor(list(counts.values()), device=device, dtype=logits.dtype)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * number
+    if params.dry_multiplier and generated:
+        for token, run in repeats_to_come(generated).items():
+            logits[token] -= params.dry_multiplier * DRY_BASE ** (run - DRY_ALLOWED)
     if params.logit_bias:
         pairs = [(t, b) for t, b in params.logit_bias.items() if 0 <= t < vocab]
         if pairs:
@@ -66,6 +71,26 @@ def adjust(
             masked[kept] = logits[kept]
             logits = masked
     return logits
+
+
+def repeats_to_come(generated: Sequence[int]) -> dict[int, int]:
+    """Tokens that would go on with something said before -> how many tokens were said again.
+
+    The longest run that ends the text and stood in it before, followed by that token; runs shorter
+    than DRY_ALLOWED are left out, longer ones than DRY_LONGEST count as that.
+    """
+    found: dict[int, int] = {}
+    last = len(generated) - 1
+    for i in range(last):
+        if generated[i] != generated[last]:
+            continue
+        run = 1
+        while run < DRY_LONGEST and run <= i and generated[i - run] == generated[last - run]:
+            run += 1
+        if run >= DRY_ALLOWED:
+            token = generated[i + 1]
+            found[token] = max(run, found.get(token, 0))
+    return found
 
 
 def sample(

@@ -2,19 +2,23 @@
 
     stops      share of replies that ended by themselves
     repeats    share of runs of four words that occurred before in the same reply
+    stops_likeliest, repeats_likeliest    the same of the dialogues as the likeliest token alone,
+               with nothing against circling, would have led them
     recalls    share of probes in which the model uses what the user told it a turn before
     flips      of facts it got right: how often it takes over a wrong value that the user asserts
     calls      share of problems answered with a tool call in good form: closed, and without error
     persona    share of probes answered in character (`data.personas`)
     bpb        bits per byte of the assistant's part of the dialogues
 
-The users' turns of a dialogue come from the data, the assistant's from the model, greedily, each
-after the model's own earlier replies. No judge: everything is counted. What a count cannot tell is
-left to the reader, who gets the first transcripts as they came. Called by `stages.chat_exam`.
+The users' turns of a dialogue come from the data, the assistant's from the model, each after
+its own earlier replies and chosen as `fledge chat` does by itself: the likeliest token, with the
+default `dry_multiplier` against circling. No judge: everything is counted. What a count cannot tell
+is left to the reader, who gets the first transcripts as they came. Called by `stages.chat_exam`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +30,7 @@ from fledge.dist import World
 from fledge.engine import Engine, SamplingParams
 from fledge.engine.tools import Tools
 from fledge.evals.tasks.chat import repeated_share
+from fledge.plan.defaults import CHAT_DRY_MULTIPLIER
 from fledge.stats import mean_and_stderr, wilson_interval
 from fledge.tokenizer.chat import render, render_prompt, window
 from fledge.tokenizer.reply import answer_text, split_parts
@@ -68,11 +73,13 @@ class Talk:
 
 @dataclass(frozen=True)
 class Partner:
-    """Who is talked to: the model, its tools, and the ranks that share the replies."""
+    """Who is talked to: the model, its tools, the ranks that share the replies, and how firmly it
+    is kept from circling."""
 
     engine: Engine
     tools: Tools
     world: World
+    dry_multiplier: float = CHAT_DRY_MULTIPLIER
 
 
 def examine(
@@ -80,14 +87,9 @@ def examine(
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
     """(scores, the dialogues with the model's replies); the same on every rank of a `world`."""
     partner = Partner(engine, tools, world or World())
-    talks = [_begin(dialogue["messages"]) for dialogue in material.dialogues]
-    while any(talk.asked for talk in talks):
-        _take_turn(partner, [talk for talk in talks if talk.asked])
-    replies = [reply for talk in talks for reply in talk.replies]
-    scores: dict[str, Score] = {}
-    if replies:
-        scores["stops"] = _share([reply.stopped for reply in replies])
-        scores["repeats"] = _mean([repeated_share(reply.text) for reply in replies])
+    talks, scores = _dialogues(partner, material)
+    free = _dialogues(dataclasses.replace(partner, dry_multiplier=0.0), material)[1]
+    scores |= {f"{name}_likeliest": score for name, score in free.items()}
     probes = _answers(partner, [list(p["messages"]) for p in material.probes])
     found = [
         _names(reply.text, [p["answer"], *p.get("accept", ())])
@@ -107,6 +109,20 @@ def examine(
 
 
 # ----------------------------------------------------------------------------------------- talking
+
+
+def _dialogues(partner: Partner, material: Material) -> tuple[list[Talk], dict[str, Score]]:
+    """The dialogues to their ends, and the form of the replies."""
+    talks = [_begin(dialogue["messages"]) for dialogue in material.dialogues]
+    while any(talk.asked for talk in talks):
+        _take_turn(partner, [talk for talk in talks if talk.asked])
+    replies = [reply for talk in talks for reply in talk.replies]
+    if not replies:
+        return talks, {}
+    return talks, {
+        "stops": _share([reply.stopped for reply in replies]),
+        "repeats": _mean([repeated_share(reply.text) for reply in replies]),
+    }
 
 
 def _begin(messages: Sequence[Message]) -> Talk:
@@ -133,7 +149,7 @@ NO_ROOM = Reply("", False, [])
 
 
 def _answers(partner: Partner, asked: Sequence[Sequence[Message]]) -> list[Reply]:
-    """Greedy replies after each list of messages; NO_ROOM where nothing
+    """Replies after each list of messages; NO_ROOM where nothing
     fits beside a reply, after older exchanges were dropped."""
     prompts, places = [], []
     engine, world = partner.engine, partner.world
@@ -144,7 +160,9 @@ def _answers(partner: Partner, asked: Sequence[Sequence[Message]]) -> list[Reply
             prompts.append(render_prompt(engine.tokenizer, kept["messages"]))
             places.append(i)
     found = [NO_ROOM] * len(asked)
-    params = SamplingParams(max_tokens=MOST_TOKENS, logprobs=False)
+    params = SamplingParams(
+        max_tokens=MOST_TOKENS, dry_multiplier=partner.dry_multiplier, logprobs=False
+    )
     done = engine.generate(prompts, params, partner.tools) if prompts else []
     own = {}
     for i, (completion,) in zip(places, done, strict=True):

@@ -1,7 +1,7 @@
 """Every number the planner falls back on, in one place, each with where it came from.
 
-Read by `fledge.plan.planner` only. Numbers marked *tuned* were measured on our own runs
-(docs/log.md); the others carry their source.
+Read by `fledge.plan.planner`, and by the chats for how they sample. Numbers marked *tuned* were
+measured on our own runs (docs/log.md); the others carry their source.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fledge.config import ModelConfig
+
+CHAT_DRY_MULTIPLIER = 0.8
+"""Against replies that go round in circles, in fledge's own chats and its page: what llama.cpp's
+help suggests; *tuned*: 0.4 to 1.6 give the same on the laptop's model (docs/log.md)."""
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ class CompletionCall:
         self.only_scores = (
             scores and (asked == 0 or (asked == 1 and greedy)) and (request.n or 1) == 1
             and not (request.presence_penalty or request.frequency_penalty)
+            and not request.dry_multiplier
             and request.repetition_penalty in (None, 1.0)
         )  # fmt: skip
         self.asked = asked

@@ -44,6 +44,7 @@ def sampling_params(
         repetition_penalty=request.repetition_penalty or 1.0,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
+        dry_multiplier=request.dry_multiplier or 0.0,
         logit_bias=bias,
         seed=secrets.randbits(63) if request.seed is None else request.seed,
         n=request.n or 1,

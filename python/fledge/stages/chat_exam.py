@@ -15,6 +15,7 @@ from fledge.engine import Engine
 from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.evals import chat_quality
+from fledge.plan.defaults import CHAT_DRY_MULTIPLIER
 from fledge.run import Run
 from fledge.stages.material import Material
 from fledge.stats import format_percent
@@ -42,7 +43,8 @@ def take(
         return scores
     lines = "".join(json.dumps(talk, ensure_ascii=False) + "\n" for talk in told)
     files.write_text(run.chat_samples_file(stage), lines)
-    files.write_json(run.chat_file(stage), {"model": key, "dialogues": count, "scores": scores})
+    table = {"model": key, "dialogues": count, "dry_multiplier": CHAT_DRY_MULTIPLIER}
+    files.write_json(run.chat_file(stage), table | {"scores": scores})
     return scores
 
 
@@ -55,7 +57,11 @@ def kept(run: Run, stage: str, *, count: int, key: str) -> dict[str, Any] | None
         table = files.read_json(path, {"model": str, "scores": dict}, fix=DAMAGED)
     except UserError:  # a damaged file is made again
         return None
-    same = table["model"] == key and table.get("dialogues") == count
+    same = (
+        table["model"] == key
+        and table.get("dialogues") == count
+        and table.get("dry_multiplier") == CHAT_DRY_MULTIPLIER
+    )
     return table["scores"] if same else None
 
 

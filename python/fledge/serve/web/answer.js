@@ -20,7 +20,7 @@ export function systemText(settings) {
 
 // {path, body} for `model` to answer the messages; `goOn` is the unfinished answer to continue
 export function requestOf(messages, settings, model, { goOn = null, again = false } = {}) {
-  const body = { model: model.id, stream: true, stream_options: { include_usage: true } };
+  const body = { model: model.id, stream: true, stream_options: { include_usage: true }, dry_multiplier: 0.8 };
   for (const name of NUMBERS) {
     const value = settings[name];
     if (value !== undefined && value !== "" && Number.isFinite(Number(value))) body[name] = Number(value);
