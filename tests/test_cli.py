@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from fledge import cli, config
+from fledge.cli_overrides import override
 from fledge.errors import Interrupted, UserError
 from tests.helpers_run import finished_run
 
@@ -238,11 +239,11 @@ def test_what_is_typed_says_how_long_base_trains() -> None:
     minutes = config.load_recipe("laptop")[1]
     assert minutes.base.minutes == 5
     for word in ("--base.tokens", "--base.tokens-per-param"):
-        base = cli.override(minutes, [word, "4096"]).base
+        base = override(minutes, [word, "4096"]).base
         assert base.minutes is None and 4096 in (base.tokens, base.tokens_per_param)
-    tokens = cli.override(minutes, ["--base.tokens=4096"])
-    assert cli.override(tokens, ["--base.minutes", "2"]).base.tokens is None
-    both = cli.override(minutes, ["--base.tokens", "4096", "--base.minutes", "2"]).base
+    tokens = override(minutes, ["--base.tokens=4096"])
+    assert override(tokens, ["--base.minutes", "2"]).base.tokens is None
+    both = override(minutes, ["--base.tokens", "4096", "--base.minutes", "2"]).base
     assert (both.tokens, both.minutes) == (4096, 2.0)  # the planner refuses that by name
 
 

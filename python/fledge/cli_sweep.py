@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fledge.cli import VERBS, Parser, override, positive, split_overrides
+from fledge.cli import VERBS, Parser, positive
+from fledge.cli_overrides import override, split_overrides
 from fledge.errors import EXIT_DONE, UserError
 
 
