@@ -256,7 +256,9 @@ def test_only_rows_of_pairs_that_occur_get_a_gradient(dtype, monkeypatch):
 
     def gradient(model: Transformer) -> torch.Tensor:
         model.loss_sum(inputs, targets, weights).backward()
-        return model.get_parameter(table).grad.clone()
+        found = model.get_parameter(table).grad
+        assert found is not None
+        return found.clone()
 
     first, twice = gradient(model), gradient(model)
     assert first[met].any(1).all() and not first[~met].any()

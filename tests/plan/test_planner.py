@@ -463,6 +463,8 @@ def test_a_table_of_pairs_is_memory_and_no_arithmetic() -> None:
     assert large.embedding_parameters - small.embedding_parameters == 32768 * 192
     for name in ("matrix_parameters", "scaling_parameters", "flops_per_token"):
         assert getattr(large, name) == getattr(small, name)
+    for name in ("tokens", "flops", "seconds"):
+        assert plan.estimates[name] == plain.estimates[name]
     memories = [training_memory(p.model, 4096) for p in (plain, plan)]
     extra = 1.06 * 4 * 4 * (32768 * 192 + 3)  # weight, gradient, two averages
     assert memories[1].total - memories[0].total == pytest.approx(extra, rel=1e-4)
