@@ -232,7 +232,7 @@ class Decoder(nn.Module):
                 x = self.residual_scalars[i] * x
             if self.embedding_scalars is not None:
                 x = x + self.embedding_scalars[i] * first
-            if pairs is not None:
+            if self.bigram_scale is not None and pairs is not None:
                 x = x + self.bigram_scale[i] * pairs
             key = str(i)
             table = self.value_embeddings[key](ids) if key in self.value_embeddings else None
