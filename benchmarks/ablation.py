@@ -4,9 +4,9 @@
     python benchmarks/ablation.py --source FOLDER --out DIR --speed     only: seconds of a step
     python benchmarks/ablation.py --source FOLDER --out DIR --table     only: what is known so far
 
-The standard is arch speedrun with all extras; every variant changes one thing (an
-extra by its name: turned off). `none` is without
-all of them, `qwen3` the other arch. All runs of a depth and seed see the same tokens in the same
+The standard is arch speedrun with its standard extras; every variant changes one thing (an extra by
+its name: turned off; `bigram_rows on`: what the standard lacks). `none` is without all of them,
+`qwen3` the other arch. All runs of a depth and seed see the same tokens in the same
 order: as many as the standard trains in `--seconds` at its own speed. The differences are taken
 seed by seed. A line per run goes to rows.jsonl, so a stopped script goes on where it was.
 """
@@ -51,6 +51,7 @@ OFF: dict[str, float] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {},
     **{name: {"model.extras": {name: value}} for name, value in OFF.items()},
+    "bigram_rows on": {"model.extras": {"bigram_rows": 32768}},
     "norm_weights": {"model.extras": {"norm_weights": 1}},
     "windows": {"model.window_pattern": "L"},
     "untied head": {"model.tie_word_embeddings": True},

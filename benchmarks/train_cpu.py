@@ -4,11 +4,12 @@
     python benchmarks/train_cpu.py --depth 4 --profile  where the time goes
 
 The network is nanochat's CPU shape (arch speedrun, all extras, no windows, vocabulary 32,768,
-T = 512, 16,384 tokens a step), or what `--arch`, `--vocab`, `--context` and `--batch` say, trained
-by `fledge.train.loop` on made-up tokens. After every step a float32 matrix product of 2048^3 is
-timed, the best of a few, by torch and by the library that training uses here (`fledge.products`); a
-step's ratio is its FLOP/s over that product's, so that a machine that slows down slows both. On a
-machine that others use, `--cpu-clock --threads 1` compares processor time with processor time.
+T = 512, 16,384 tokens a step), or what `--arch`, `--bigram-rows`, `--vocab`, `--context` and
+`--batch` say, trained by `fledge.train.loop` on made-up tokens. After every step a float32 matrix
+product of 2048^3 is timed, the best of a few, by torch and by the library that training uses here
+(`fledge.products`); a step's ratio is its FLOP/s over that product's, so that a machine that slows
+down slows both. On a machine that others use, `--cpu-clock --threads 1` compares processor time
+with processor time.
 FLOPs a token = 6 N + 12 n T L, with N the matrices and the head (nanochat's count, attention not
 halved). Nothing about malloc is set outside: fledge's own `keep_freed_memory` runs, as in every
 fledge run.
@@ -115,6 +116,7 @@ def shape(wanted: argparse.Namespace) -> ModelConfig:
         max_seq_len=wanted.context,
         head_dim=64,
         window_pattern="L",
+        extras={"bigram_rows": wanted.bigram_rows} if wanted.bigram_rows else None,
     )
 
 
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rows", type=int, default=4, help="rows per forward pass")
     parser.add_argument("--arch", default="speedrun", choices=("speedrun", "qwen3"))
+    parser.add_argument("--bigram-rows", type=int, default=0, help="rows of the table of pairs")
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16384, help="tokens of a step")
@@ -158,6 +161,7 @@ def main() -> None:
     result = {
         "depth": wanted.depth,
         "arch": wanted.arch,
+        "bigram_rows": wanted.bigram_rows,
         "dtype": wanted.dtype,
         "threads": wanted.threads,
         "clock": "processor" if wanted.cpu_clock else "wall",

@@ -38,7 +38,7 @@ def execution(default: Any) -> Any:
 
 def later(default: Any) -> Any:
     """A field that came after the first runs: in fingerprints only where it is not the default, so
-    that a run made before there was such a key goes on."""
+    that a run made before there was such a key goes on. In a config.json it may be missing."""
     return field(default=default, metadata={"later": True})
 
 
@@ -76,12 +76,15 @@ class ModelConfig:
     embedding_scalars: bool = False
     smear: bool = False
     backout: bool = False
+    bigram_rows: int = later(0)
+    """Rows of the table of hashed pairs of tokens; 0 = there is none."""
 
     def __post_init__(self) -> None:
         assert self.num_attention_heads % self.num_key_value_heads == 0, self
         assert self.head_dim % 2 == 0, self
         assert self.hidden_act in ("silu", "relu2"), self
         assert self.sliding_window is not None or "S" not in self.window_pattern, self
+        assert type(self.bigram_rows) is int and self.bigram_rows >= 0, self
 
     def extras(self) -> dict[str, Any]:
         """The extras of arch "speedrun" that differ from Qwen3: field name -> value."""
@@ -118,7 +121,8 @@ class ModelSection:
     rope_theta: float | None = None
     """Base of the rotary position frequencies."""
     extras: dict[str, float] | None = None
-    """Extras of arch speedrun that differ from its standard, as in { smear = 0, qk_scale = 1 }."""
+    """Extras of arch speedrun that differ from its standard, as in { smear = 0, qk_scale = 1 }.
+    One of them is in no standard: { bigram_rows = 32768 }, a table of pairs of tokens."""
     window_pattern: str | None = None
     """Arch speedrun: a letter per layer, repeated; S looks back sliding_window tokens, L at all."""
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.helpers_model import tiny_model, tiny_tokenizer
+from tests.model.test_extras import ALL, speedrun
 from torch import Tensor, nn
 
 from fledge.engine import Engine
@@ -55,6 +56,15 @@ def test_any_batching_gives_the_plain_numbers(batch_size: int | None, share_pref
     got = loglikelihood(ENGINE, REQUESTS, batch_size=batch_size, share_prefixes=share_prefixes)
     assert furthest(got, PLAIN) <= 1e-5
     assert [x.greedy for x in got] == [x.greedy for x in PLAIN]
+
+
+def test_a_folded_row_of_a_network_with_every_extra_gives_the_plain_numbers() -> None:
+    """Windows, smear and pairs go back along a path, not to the node stored before."""
+    sizes = {"vocab_size": TOKENIZER.vocab_size, "max_position_embeddings": 128}
+    engine = Engine(speedrun(**(ALL | sizes)), TOKENIZER)
+    plain = loglikelihood_one_by_one(engine, REQUESTS)
+    got = loglikelihood(engine, REQUESTS)
+    assert furthest(got, plain) <= 1e-5
 
 
 def test_deterministic_is_bitwise_the_same_under_any_batch_size() -> None:

@@ -36,6 +36,7 @@ FLAGS = {
     "embedding_scalars": {"embedding_scalars": True},
     "smear": {"smear": True},
     "backout": {"backout": True},
+    "bigram_rows": {"bigram_rows": 40},
     "tied": {"tie_word_embeddings": True},
 }
 ALL: dict = {k: v for name, flag in FLAGS.items() if name != "tied" for k, v in flag.items()}
@@ -53,6 +54,12 @@ def speedrun(**flags) -> Transformer:
 
 def tokens(rows: int = 2, count: int = 12) -> torch.Tensor:
     return torch.randint(0, 96, (rows, count), generator=torch.Generator().manual_seed(1))
+
+
+def pair_row(previous: int | torch.Tensor, this: int | torch.Tensor, rows: int) -> int:
+    """In Python's integers, which never overflow; `previous` is -1 where there is no token."""
+    mixed = ((int(previous) + 1) * 2654435761) ^ (int(this) * 2246822519)
+    return (mixed ^ (mixed >> 15)) % rows
 
 
 def hand_made(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
@@ -78,13 +85,19 @@ def hand_made(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
     if config.smear:
         gate = torch.sigmoid(x[:, :24] @ p["model.smear.gate.weight"].T) * p["model.smear.scale"]
         x = torch.stack([x[t] + (gate[t] * x[t - 1] if t else 0) for t in range(count)])
-    first, middle = x, None
+    first, middle, pairs = x, None, torch.zeros_like(x)
+    if config.bigram_rows:
+        row_of = [pair_row(a, b, config.bigram_rows) for a, b in zip([-1, *ids], ids, strict=False)]
+        pairs = p["model.bigram_embeddings.weight"][row_of]
+    x = first + pairs
     for i in range(config.num_hidden_layers):
         name = f"layers.{i}"
         if config.residual_scalars:
             x = p["model.residual_scalars"][i] * x
         if config.embedding_scalars:
             x = x + p["model.embedding_scalars"][i] * first
+        if config.bigram_rows:
+            x = x + p["model.bigram_scale"][i] * pairs
         h = norm(x, f"{name}.input_layernorm")
         q, k, v = (
             (h @ p[f"model.{name}.self_attn.{m}_proj.weight"].T).view(count, -1, config.head_dim)
@@ -206,6 +219,57 @@ def test_cached_decoding_equals_the_full_forward_pass(name):
     torch.testing.assert_close(torch.cat(got, dim=1), full, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pair_of_tokens_has_the_same_row_in_exact_integers():
+    """The largest ids that no arithmetic of 64 bits overflows for, and no token before."""
+    ids = torch.tensor([[0, 1, 2**30 - 1, 2**30 - 1, 50303]])
+    previous = extras.previous_tokens(ids, None)
+    assert previous.tolist() == [[-1, 0, 1, 2**30 - 1, 2**30 - 1]]
+    for rows in (1, 40, 32768, 163840):
+        found = extras.bigram_hash(previous, ids, rows)[0].tolist()
+        pairs = zip(previous[0], ids[0], strict=True)
+        assert found == [pair_row(a, b, rows) for a, b in pairs]
+    none, zero = (extras.bigram_hash(torch.tensor(p), ids[0], 32768) for p in (-1, 0))
+    assert (none != zero).all()  # no token before is not token 0
+
+
+@pytest.mark.parametrize("rows", [1000, 32768, 32771])
+@pytest.mark.parametrize("vocab", [512, 4096, 151936])
+def test_pairs_spread_over_the_table_as_by_chance(rows, vocab):
+    """Of a grid of 512 x 512 pairs: rows' loads vary as Poisson's do, whatever divides what."""
+    steps = vocab // 512 * torch.arange(512)
+    found = extras.bigram_hash(steps[:, None], steps, rows)
+    loads = torch.bincount(found.flatten(), minlength=rows).double()
+    assert loads.sum() == 512 * 512 and len(loads) == rows
+    assert 0.7 < loads.var() / loads.mean() < 1.3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16_products"])
+def test_only_rows_of_pairs_that_occur_get_a_gradient(dtype, monkeypatch):
+    """Its sum over the places of a pair, as of a twin whose table has a row for each place; and
+    once more where there is a gradient to add to."""
+    model, ids = speedrun(**(ALL | {"bigram_rows": 200})).compute_in(dtype), tokens()
+    inputs, targets, weights = ids[:, :-1], ids[:, 1:], torch.ones(2, 11) / 22
+    rows = extras.bigram_hash(extras.previous_tokens(inputs, None), inputs, 200)
+    met = torch.zeros(200, dtype=torch.bool)
+    met[rows.flatten()] = True
+    table = "model.bigram_embeddings.weight"
+
+    def gradient(model: Transformer) -> torch.Tensor:
+        model.loss_sum(inputs, targets, weights).backward()
+        found = model.get_parameter(table).grad
+        assert found is not None
+        return found.clone()
+
+    first, twice = gradient(model), gradient(model)
+    assert first[met].any(1).all() and not first[~met].any()
+    torch.testing.assert_close(twice, 2 * first)
+    twin = speedrun(**(ALL | {"bigram_rows": 22})).compute_in(dtype)
+    twin.load_state_dict(model.state_dict() | {table: model.get_parameter(table)[rows.flatten()]})
+    monkeypatch.setattr(extras, "bigram_hash", lambda *_: torch.arange(22).view(2, 11))
+    expected = torch.zeros_like(first).index_add_(0, rows.flatten(), gradient(twin))
+    torch.testing.assert_close(first, expected)
+
+
 def test_fresh_weights_start_as_nanochat_says():
     config = dataclasses.replace(PLAIN, **(ALL | {"final_logit_softcapping": 15.0}))
     model, again = Transformer(config, seed=4), Transformer(config, seed=4)
@@ -215,6 +279,10 @@ def test_fresh_weights_start_as_nanochat_says():
     assert p["model.embedding_scalars"].tolist() == pytest.approx([0.2, 0.15, 0.1, 0.05], 1e-4)
     assert p["model.backout_scale"].item() == pytest.approx(0.2)
     assert p["model.smear.scale"].item() == 0
+    assert not p["model.bigram_embeddings.weight"].any()
+    assert p["model.bigram_scale"].tolist() == pytest.approx([0.1] * 4)
+    without = Transformer(dataclasses.replace(config, bigram_rows=0), seed=4)
+    assert all(torch.equal(p[n], q) for n, q in without.named_parameters())
     assert all(not p[n].any() for n in p if n.endswith(("o_proj.weight", "down_proj.weight")))
     ids = tokens()
     loss = model.loss_sum(ids[:, :-1], ids[:, 1:], torch.ones(2, 11)) / 22
@@ -232,7 +300,14 @@ def test_save_and_load_give_the_same_logits(tmp_path, name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"hidden_act": "gelu"}, {"window_pattern": "S", "sliding_window": None}, {"smear": None}],
+    [
+        {"hidden_act": "gelu"},
+        {"window_pattern": "S", "sliding_window": None},
+        {"smear": None},
+        {"bigram_rows": -1},
+        {"bigram_rows": "40"},
+        {"bigram_rows": 41},
+    ],
 )
 def test_a_broken_config_is_refused_in_words(tmp_path, change):
     speedrun(**ALL).save(tmp_path)
@@ -241,3 +316,15 @@ def test_a_broken_config_is_refused_in_words(tmp_path, change):
     path.write_text(json.dumps({k: v for k, v in table.items() if k != "smear" or v is not None}))
     with pytest.raises(UserError):
         Transformer.load(tmp_path)
+
+
+def test_a_checkpoint_that_is_older_than_the_table_loads(tmp_path):
+    model = speedrun(**(ALL | {"bigram_rows": 0}))
+    model.save(tmp_path)
+    path = tmp_path / "config.json"
+    table = json.loads(path.read_text())
+    assert table.pop("bigram_rows") == 0
+    path.write_text(json.dumps(table))
+    again = Transformer.load(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(tokens()), model(tokens()))

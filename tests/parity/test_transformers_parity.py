@@ -31,7 +31,7 @@ def modules(tmp_path, monkeypatch):
     return tmp_path / "modules"
 
 
-@pytest.mark.parametrize("name", ["all", "none", "windows", "smear", "tied"])
+@pytest.mark.parametrize("name", ["all", "none", "windows", "smear", "bigram_rows", "tied"])
 def test_logits_of_speedrun_equal_those_of_its_own_code(tmp_path, modules, name):
     flags = {"all": ALL, "none": {}, "tied": ALL | FLAGS["tied"]}.get(name) or FLAGS.get(name, {})
     model, folder = speedrun(**flags), tmp_path / "model"

@@ -443,10 +443,31 @@ def test_counts_equal_the_parameters_of_the_network() -> None:
 
     changes: tuple[dict[str, float], ...]
     changes = ({}, {"relu2": 0, "norm_weights": 1}, {"value_embeddings": 0, "smear": 0})
+    changes += ({"bigram_rows": 100.0},)
     for extras in changes:
         model = scaling.model_config(3, vocab_size=512, arch="speedrun", extras=extras)
         counts = scaling.count(model)
         assert counts.parameters == sum(p.numel() for p in Transformer(model).parameters())
+
+
+def test_a_table_of_pairs_is_memory_and_no_arithmetic() -> None:
+    section = ModelSection(depth=3, arch="speedrun")
+    plain = resolve(Recipe(model=section), HERE)
+    section = dataclasses.replace(section, extras={"bigram_rows": 32768.0})
+    plan = resolve(Recipe(model=section), HERE)
+    assert plain.model.bigram_rows == 0 and plan.model.bigram_rows == 32768
+    assert plan.model == dataclasses.replace(plain.model, bigram_rows=32768)
+    assert {**plan.values, "model.extras": None} == plain.values
+    small, large = scaling.count(plain.model), scaling.count(plan.model)
+    assert large.parameters - small.parameters == 32768 * 192 + 3
+    assert large.embedding_parameters - small.embedding_parameters == 32768 * 192
+    for name in ("matrix_parameters", "scaling_parameters", "flops_per_token"):
+        assert getattr(large, name) == getattr(small, name)
+    for name in ("tokens", "flops", "seconds"):
+        assert plan.estimates[name] == plain.estimates[name]
+    memories = [training_memory(p.model, 4096) for p in (plain, plan)]
+    extra = 1.06 * 4 * 4 * (32768 * 192 + 3)  # weight, gradient, two averages
+    assert memories[1].total - memories[0].total == pytest.approx(extra, rel=1e-4)
 
 
 def test_windows_save_attention() -> None:
@@ -467,6 +488,10 @@ def test_windows_save_attention() -> None:
         (ModelSection(arch="speedrun", extras={"qk_scale": -1.0}), "qk_scale"),
         (ModelSection(arch="speedrun", extras={"qk_scale": float("nan")}), "qk_scale"),
         (ModelSection(arch="speedrun", extras={"sliding_window": 0.0}), "sliding_window"),
+        (ModelSection(arch="speedrun", extras={"bigram_rows": -1.0}), "bigram_rows = -1"),
+        (ModelSection(arch="speedrun", extras={"bigram_rows": 99.5}), "bigram_rows = 99.5"),
+        (ModelSection(arch="speedrun", extras={"sliding_window": 99.5}), "sliding_window = 99.5"),
+        (ModelSection(extras={"bigram_rows": 9.0}), "model.arch = 'qwen3'"),
         (ModelSection(arch="speedrun", window_pattern="SXL"), "window_pattern"),
         (ModelSection(arch="speedrun", window_pattern=""), "window_pattern"),
     ],

@@ -33,6 +33,8 @@ from fledge.model.loss import softcap
 
 VALUE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
+NO_TOKEN = -1
+"""The id that stands for the token before, where there is none: at position 0 of a sequence."""
 
 
 def layer_window(config: ModelConfig, layer: int) -> int | None:
@@ -187,6 +189,29 @@ class Smear(nn.Module):
         return x + gate * previous
 
 
+def previous_tokens(ids: Tensor, view: AttentionView | None) -> Tensor:
+    """The id before each of ids [B, T] in its own sequence; NO_TOKEN at position 0.
+
+    A row of training is one sequence, whatever documents are packed into it: what ends the one
+    document is before the first token of the next.
+    """
+    if view is None:
+        return F.pad(ids[:, :-1], (1, 0), value=NO_TOKEN)
+    return torch.where(view.positions > 0, view.previous_ids(ids), NO_TOKEN)
+
+
+def bigram_hash(previous: Tensor, ids: Tensor, rows: int) -> Tensor:
+    """Which of `rows` rows each pair (token before, token) has, [B, T] int64; pairs share rows.
+
+    With p = previous + 1 (so that NO_TOKEN is 0), h = p * 2654435761 xor id * 2246822519, the first
+    two 32-bit primes of xxHash; row = (h xor (h >> 15)) mod rows. The shift brings the upper bits
+    down: without it a power of two of rows would see only the lower bits of the ids. Ids below 2^30
+    keep h below 2^62, so that nothing overflows and every device finds the same row.
+    """
+    mixed = (previous + 1) * 2654435761 ^ ids * 2246822519
+    return (mixed ^ mixed >> 15) % rows
+
+
 class SpeedrunDecoder(nn.Module):
     """Embedding, blocks and final norm with the extras: the `model.` part of the names."""
 
@@ -213,28 +238,41 @@ class SpeedrunDecoder(nn.Module):
         self.residual_scalars = _scalars(count) if config.residual_scalars else None
         self.embedding_scalars = _scalars(count) if config.embedding_scalars else None
         self.backout_scale = _scalars(1) if config.backout else None
+        rows = config.bigram_rows
+        self.bigram_embeddings = Embedding(rows, config.hidden_size) if rows else None
+        self.bigram_scale = _scalars(count) if rows else None
 
     def embed(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def _smeared(self, x: Tensor, ids: Tensor, view: AttentionView | None) -> Tensor:
-        if self.smear is None:
-            return x
-        if view is None:
-            return self.smear(x, F.pad(x[:, :-1], (0, 0, 1, 0)))
-        previous = self.embed(view.previous_ids(ids))
-        return self.smear(x, previous * (view.positions > 0)[..., None])
+    def _begin(self, ids: Tensor, view: AttentionView | None) -> tuple[Tensor, Tensor | None]:
+        """The embeddings, smeared, and what the table says of each token and the one before."""
+        x = self.embed(ids)
+        if self.smear is None and self.bigram_embeddings is None:
+            return x, None
+        previous = previous_tokens(ids, view)
+        if self.smear is not None and view is None:
+            x = self.smear(x, F.pad(x[:, :-1], (0, 0, 1, 0)))
+        elif self.smear is not None:
+            before = self.embed(previous.clamp_min(0))
+            x = self.smear(x, before * (previous != NO_TOKEN)[..., None])
+        if self.bigram_embeddings is None:
+            return x, None
+        return x, self.bigram_embeddings(bigram_hash(previous, ids, self.config.bigram_rows))
 
     def forward(self, ids: Tensor, cos: Tensor, sin: Tensor, view: AttentionView | None) -> Tensor:
         """Normed states [B, T, D] of token ids [B, T]."""
-        x = first = self._smeared(self.embed(ids), ids, view)
+        first, pairs = self._begin(ids, view)
+        x = first if pairs is None else first + pairs
         middle = None
         for i, block in enumerate(self.layers):
             if self.residual_scalars is not None:
                 x = self.residual_scalars[i] * x
             if self.embedding_scalars is not None:
                 x = x + self.embedding_scalars[i] * first
+            if self.bigram_scale is not None and pairs is not None:
+                x = x + self.bigram_scale[i] * pairs
             key = str(i)
             table = self.value_embeddings[key](ids) if key in self.value_embeddings else None
             x = run_block(block, x, cos, sin, view, table, again=self.checkpoint_activations)
@@ -265,7 +303,9 @@ def initialize_speedrun(model: nn.Module, config: ModelConfig, generator: torch.
     """nanochat's initial weights (gpt.py, 92d63d4), under `torch.no_grad`.
 
     Readers of the stream uniform with std 1/sqrt(D), the feed-forward's 0.4 of that; writers zero;
-    residual scalars fall from 1.15 to 1.05 over the depth, embedding scalars from 0.20 to 0.05.
+    residual scalars fall from 1.15 to 1.05 over the depth, embedding scalars from 0.20 to 0.05. The
+    table of pairs is zero and its scalars 0.1, as in modded-nanogpt: none of the other numbers of
+    a seed moves with it.
     """
     bound = (3.0 / config.hidden_size) ** 0.5
     depth = torch.linspace(0.0, 1.0, config.num_hidden_layers)
@@ -278,7 +318,7 @@ def initialize_speedrun(model: nn.Module, config: ModelConfig, generator: torch.
             parameter.normal_(0.0, std, generator=generator)
         elif kind == "lm_head":
             parameter.normal_(0.0, 0.001, generator=generator)
-        elif kind in ("o_proj", "down_proj") or name.endswith("smear.scale"):
+        elif kind in ("o_proj", "down_proj", "bigram_embeddings") or name.endswith("smear.scale"):
             parameter.zero_()
         elif kind in ("gate", "value_gate"):
             parameter.uniform_(0.0, 0.02, generator=generator)
@@ -288,6 +328,8 @@ def initialize_speedrun(model: nn.Module, config: ModelConfig, generator: torch.
             parameter.copy_(0.20 - 0.15 * depth)
         elif kind == "backout_scale":
             parameter.fill_(0.2)
+        elif kind == "bigram_scale":
+            parameter.fill_(0.1)
         else:
             share = 0.4 if kind in ("up_proj", "gate_proj") else 1.0
             parameter.uniform_(-bound * share, bound * share, generator=generator)

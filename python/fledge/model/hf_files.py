@@ -43,6 +43,8 @@ _OWN_KEYS = tuple(
     for f in dataclasses.fields(ModelConfig)
     if f.name not in (*_SHAPE_KEYS, "rope_theta", "arch")
 )
+_LATER = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.metadata.get("later")}
+"""Fields that older checkpoints lack."""
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def config_from_hf(table: dict[str, Any], *, where: str) -> ModelConfig:
     try:
         shape = {key: table[key] for key in _SHAPE_KEYS}
         if kind == "fledge":
+            table = _LATER | table
             shape |= {"arch": "speedrun"} | {key: table[key] for key in _OWN_KEYS}
         theta = float(rope.get("rope_theta", table.get("rope_theta", 10000.0)))
         return ModelConfig(**shape, rope_theta=theta)

@@ -47,6 +47,7 @@ class FledgeConfig(PretrainedConfig):
         embedding_scalars=False,
         smear=False,
         backout=False,
+        bigram_rows=0,
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -72,6 +73,7 @@ class FledgeConfig(PretrainedConfig):
         self.embedding_scalars = embedding_scalars
         self.smear = smear
         self.backout = backout
+        self.bigram_rows = bigram_rows
         kwargs["use_cache"] = False
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
@@ -177,6 +179,14 @@ class Smear(nn.Module):
         return x + self.scale * torch.sigmoid(self.gate(x[..., :SMEAR_GATE_CHANNELS])) * previous
 
 
+def bigram_hash(ids, real, rows):
+    """The row of each token and the real one before it, which counts as 0 where there is none."""
+    before = F.pad(real[:, :-1], (1, 0))
+    previous = F.pad(ids[:, :-1], (1, 0)) + 1
+    mixed = torch.where(before, previous, 0) * 2654435761 ^ ids * 2246822519
+    return (mixed ^ mixed >> 15) % rows
+
+
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -198,6 +208,9 @@ class Decoder(nn.Module):
         self.residual_scalars = scalars(count) if config.residual_scalars else None
         self.embedding_scalars = scalars(count) if config.embedding_scalars else None
         self.backout_scale = scalars(1) if config.backout else None
+        rows = config.bigram_rows
+        self.bigram_embeddings = nn.Embedding(rows, config.hidden_size) if rows else None
+        self.bigram_scale = scalars(count) if rows else None
 
     def forward(self, ids, real):
         config = self.config
@@ -210,12 +223,17 @@ class Decoder(nn.Module):
             x = F.rms_norm(x, (x.shape[-1],), None, config.rms_norm_eps)
         if self.smear is not None:
             x = self.smear(x, real)
-        first, middle = x, None
+        first, middle, pairs = x, None, None
+        if self.bigram_embeddings is not None:
+            pairs = self.bigram_embeddings(bigram_hash(ids, real, config.bigram_rows))
+            x = x + pairs
         for i, block in enumerate(self.layers):
             if self.residual_scalars is not None:
                 x = self.residual_scalars[i] * x
             if self.embedding_scalars is not None:
                 x = x + self.embedding_scalars[i] * first
+            if self.bigram_scale is not None and pairs is not None:
+                x = x + self.bigram_scale[i] * pairs
             key = str(i)
             table = self.value_embeddings[key](ids) if key in self.value_embeddings else None
             x = block(x, cos, sin, real, table)

@@ -64,12 +64,15 @@ SPEEDRUN_GROUPS = {
     "head": AdamGroup("head_lr", 1.0, (0.8, 0.96), 0.01),
     "norm": AdamGroup("norm_lr"),
     "value_embed": AdamGroup("embed_lr", 0.5, (0.8, 0.995), 0.01),
+    "bigram_embed": AdamGroup("embed_lr", 1.0, (0.8, 0.995)),
     "residual": AdamGroup("norm_lr", 1.0, (0.8, 0.95), 0.05),
     "embedding": AdamGroup("norm_lr", 100.0, (0.96, 0.95)),
     "gate": AdamGroup("norm_lr", 40.0),
 }
 """Of arch "speedrun": nanochat 2026 (gpt.py, 92d63d4) has 0.3, 0.008, -, 0.15, 0.005, 0.5 and 0.2;
-the last three are kept in their proportion to norm_lr, whose planned value is 0.005 at depth."""
+the last three are kept in their proportion to norm_lr, whose planned value is 0.005 at depth.
+bigram_embed is fledge's own: the embedding's rate and betas, and no decay, which a row that is
+seldom met would lose all to."""
 
 
 def adam_groups(arch: str, release: str | None) -> dict[str, AdamGroup]:
@@ -88,9 +91,11 @@ def kind_of(name: str, parameter: Tensor) -> str:
     for part, kind in (
         ("embed_tokens", "embed"),
         ("value_embeddings", "value_embed"),
+        ("bigram_embeddings", "bigram_embed"),
         ("lm_head", "head"),
         ("residual_scalars", "residual"),
         ("embedding_scalars", "embedding"),
+        ("bigram_scale", "embedding"),
         ("smear", "gate"),
         ("backout", "gate"),
     ):

@@ -98,7 +98,9 @@ def estimates(model: ModelConfig, values: dict[str, Any], hardware: Hardware) ->
         measured = 8 * values["base.eval_tokens"] if stage == "base" else 0
         flops = tokens * counts.flops_per_token + measured * forward
         stages[stage] = {"tokens": tokens, "flops": flops, "seconds": 2 + flops / rate}
-    token = 4 * counts.parameters / (hardware.memory_bandwidth * _DECODE_BANDWIDTH_SHARE)
+    # what a decoded token reads: all weights, but one row of the table of pairs
+    weights = counts.parameters - model.bigram_rows * model.hidden_size
+    token = 4 * weights / (hardware.memory_bandwidth * _DECODE_BANDWIDTH_SHARE)
     alone = rate / hardware.device_count
     shared = alone * min(hardware.device_count, values["rl.prompts_per_step"])  # no prompt is cut
     stages["rl"] = _rl(values, counts.flops_per_token, forward, shared, token)

@@ -235,6 +235,12 @@ def _check_extras(section: ModelSection) -> None:
                 "it is 0, 1, or a number above zero",
                 "give such a number, or leave it out",
             )
+        if name in scaling.COUNTED and number != int(number):
+            raise UserError(
+                f"model.extras.{name} = {number:g}",
+                "it counts tokens or rows of a table, so it is a whole number",
+                f"give {math.ceil(number)}",
+            )
     if pattern is not None and (not pattern or set(pattern) - {"S", "L"}):
         raise UserError(
             f"model.window_pattern = {pattern!r}",

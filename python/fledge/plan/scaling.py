@@ -18,7 +18,7 @@ class Counts:
     parameters: int
     """All weights, the tied head counted once."""
     embedding_parameters: int
-    """The embedding and, when it is not tied, the head."""
+    """The embedding, the head when it is not tied, and the extras' tables."""
     matrix_parameters: int
     """The matrices of the blocks: what Muon trains."""
     scaling_parameters: int
@@ -49,8 +49,10 @@ SPEEDRUN: dict[str, Any] = {
     "embedding_scalars": True,
     "smear": True,
     "backout": True,
+    "bigram_rows": 0,
 }
-"""The extras of arch "speedrun" as nanochat sets them (gpt.py, 92d63d4)."""
+"""The extras of arch "speedrun" as nanochat sets them (gpt.py, 92d63d4), which has no bigram_rows:
+off, so that the releases keep their published sizes."""
 
 
 OCT2025_EXTRAS: dict[str, float] = {
@@ -161,10 +163,10 @@ def speedrun_fields(
             own["hidden_act"] = "relu2" if number else "silu"
         elif name == "final_logit_softcapping":
             own[name] = number or None
-        elif name == "sliding_window":
-            own[name] = int(number)
         elif isinstance(own[name], bool):
             own[name] = bool(number)
+        elif isinstance(own[name], int):
+            own[name] = int(number)
         else:
             own[name] = number
     own["window_pattern"] = window_pattern or own["window_pattern"]
@@ -177,6 +179,8 @@ EXTRAS = (
     *(n for n in SPEEDRUN if n not in ("hidden_act", "window_pattern")),
 )
 """The names that [model]'s extras may change."""
+COUNTED = ("sliding_window", "bigram_rows")
+"""Those whose number counts something."""
 
 
 def attended(model: ModelConfig, length: int) -> float:
@@ -226,6 +230,9 @@ def count(model: ModelConfig, seq_len: int | None = None) -> Counts:
         tables = (layers + 1) // 2
         matrices += tables * 12 * model.num_key_value_heads  # the gates
         embeddings += tables * model.vocab_size * keys
+    if model.bigram_rows:
+        embeddings += model.bigram_rows * hidden
+        small += layers
     small += layers * (model.residual_scalars + model.embedding_scalars)
     small += 25 * model.smear + model.backout
     return Counts(
