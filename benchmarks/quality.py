@@ -4,12 +4,12 @@
     python benchmarks/quality.py --source FOLDER --out DIR --speed    only: how fast each one is
     python benchmarks/quality.py --source FOLDER --out DIR --table    only: what is known so far
 
-Three contenders learn the same documents with the same loop. `planner` is the recipe `laptop`,
-whose depth, vocabulary and context were chosen by hand on this kind of machine, as it resolves.
-`recipe` is nanochat's depth-4 network (32,768 words, T = 512, all extras, no windows) with its own
-optimizers and schedules; `adamw` is that network under plain AdamW. These two are tuned first, with
-runs of a sixth of the time: three learning rates at 4,096 tokens a step, then 8,192 and 16,384
-tokens at the best of them.
+Four contenders learn the same documents with the same loop. `laptop` and `laptop-speedrun` are our
+recipes of that name, whose depth, vocabulary and context were chosen by hand on this kind of
+machine, as they resolve. `recipe` is nanochat's depth-4 network (32,768 words, T = 512, all extras,
+no windows) with its own optimizers and schedules; `adamw` is that network under plain AdamW. The
+last two are tuned first, with runs of a sixth of the time: three learning rates at 4,096 tokens a
+step, then 8,192 and 16,384 tokens at the best of them.
 
 A run is as many steps as fit into the minutes at the contender's speed, which is measured in turns
 on a quiet machine and kept in speeds.json; so what a run reaches does not depend on who else
@@ -42,6 +42,7 @@ from short_run import (
 from fledge.config import flat, load_recipe, recipe_to_dict
 from fledge.plan.releases import OPTIMIZER_2026
 
+OURS = ("laptop", "laptop-speedrun")
 BATCHES = (4096, 8192, 16384)
 TUNING_SHARE = 1 / 6
 SPEED_SECONDS = 15.0
@@ -74,12 +75,12 @@ class Trial:
     def subject(self) -> Subject:
         """What is trained."""
         name = f"{self.contender} batch {self.batch} rate {self.rate:g}"
-        if self.contender == "planner":
-            asked = flat(recipe_to_dict(load_recipe("laptop")[1]))
+        if self.contender in OURS:
+            asked = flat(recipe_to_dict(load_recipe(self.contender)[1]))
             sections = ("model.", "tokenizer.", "base.")
             horizon = ("base.minutes", "base.tokens", "tokenizer.train_bytes")
             keys = {k: v for k, v in asked.items() if k.startswith(sections) and k not in horizon}
-            return Subject("planner", {k: v for k, v in keys.items() if v is not None})
+            return Subject(self.contender, {k: v for k, v in keys.items() if v is not None})
         keys = NANOCHAT | {"base.global_batch_tokens": self.batch}
         if self.contender == "adamw":
             return Subject(name, keys, plain_lr=self.rate)
@@ -94,9 +95,6 @@ class Trial:
             "base.weight_decay": 0.28 * math.sqrt(self.batch / 2**19),
         }
         return Subject(name, keys | OPTIMIZER_2026 | rates)
-
-
-PLANNER = Trial("planner", 0, 0.0)
 
 
 class Comparison:
@@ -117,7 +115,7 @@ class Comparison:
 
     def measure_speeds(self) -> None:
         """Another round of each until all have SPEED_ROUNDS; nobody else should compute."""
-        trials = [PLANNER]
+        trials = [Trial(name, 0, 0.0) for name in OURS]
         trials += [Trial(kind, batch, 1e-3) for kind in ("recipe", "adamw") for batch in BATCHES]
         for count in range(1, SPEED_ROUNDS + 1):
             for trial in trials:
@@ -161,35 +159,44 @@ class Comparison:
     def all(self) -> None:
         """Everything that is missing, seed by seed."""
         self.measure_speeds()
-        trials = [PLANNER, self.tuned("recipe"), self.tuned("adamw")]
+        trials = [Trial(name, 0, 0.0) for name in OURS]
+        trials += [self.tuned("recipe"), self.tuned("adamw")]
         for seed in range(self.seeds):
             for trial in trials:
                 self.run(trial, seconds=self.seconds, seed=seed)
 
     def table(self) -> str:
-        """The runs of the whole time, and how much fewer bits the planner's choice needs."""
+        """The runs of the whole time, and how much fewer bits our recipes need."""
         lines = [
             "| contender | tokens a step | rate | tokens/s | tokens | seeds | bits per byte | "
-            "planner needs less by |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            + " | ".join(f"{name} needs less by" for name in OURS)
+            + " |",
+            "| --- " * (7 + len(OURS)) + "|",
         ]
         whole = [row for row in read_rows(self._rows_file) if row["seconds"] == self.seconds]
-        ours = {row["seed"]: row["bpb"] for row in whole if row["contender"] == "planner"}
-        for kind in ("planner", "recipe", "adamw"):
+        for kind in (*OURS, "recipe", "adamw"):
             rows = {row["seed"]: row for row in whole if row["contender"] == kind}
             if not rows:
                 continue
             row = next(iter(rows.values()))
             rates = self.speeds()[f"{kind} {row['batch']}"]
-            less = [100 * (1 - ours[seed] / rows[seed]["bpb"]) for seed in rows if seed in ours]
+            less = [self._less(whole, name, rows) for name in OURS]
             shown = ", ".join(f"{rows[seed]['bpb']:.4f}" for seed in sorted(rows))
             lines.append(
                 f"| {kind} | {row['batch'] or 'planned'} | {row['rate'] or 'planned'} | "
                 f"{statistics.median(rates):,.0f} ({min(rates):,} to {max(rates):,}) | "
                 f"{row['tokens']:,} | {len(rows)} | {shown} | "
-                f"{'-' if kind == 'planner' else interval(less)} |"
+                f"{' | '.join('-' if kind in OURS else part for part in less)} |"
             )
         return "\n".join(lines)
+
+    @staticmethod
+    def _less(whole: list[dict[str, Any]], name: str, rows: dict[int, dict[str, Any]]) -> str:
+        """How many per cent fewer bits our recipe needs than `rows`, seed by seed, as text."""
+        ours = {row["seed"]: row["bpb"] for row in whole if row["contender"] == name}
+        return interval(
+            [100 * (1 - ours[seed] / rows[seed]["bpb"]) for seed in rows if seed in ours]
+        )
 
 
 def interval(percents: list[float]) -> str:
