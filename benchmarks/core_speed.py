@@ -123,10 +123,9 @@ def core(engine: Engine, data: TaskData, cap: int) -> dict[str, Any]:
     rows: dict[str, Any] = {"tasks": len(exams), "missing": notes, "prompt_seconds": seconds}
     rows["examples"] = sum(map(len, tasks))
     times, results = {}, {}
-    for scorer in (batched, one_example, plain):
-        times[scorer.__name__], results[scorer.__name__] = timed(scorer, engine, tasks)
-    again, _ = timed(batched, engine, tasks)
-    times["batched"] = min(times["batched"], again)
+    for scorer in (batched, one_example, plain) * 2:  # in turns; of each the faster one counts
+        took, results[scorer.__name__] = timed(scorer, engine, tasks)
+        times[scorer.__name__] = min(took, times.get(scorer.__name__, took))
     rows["seconds"] = times
     rows["speedup"] = {name: times[name] / times["batched"] for name in ("one_example", "plain")}
     rows["whole_speedup"] = (seconds + times["plain"]) / (seconds + times["batched"])
@@ -161,10 +160,16 @@ def lm_eval_rows(folder: Path, root: Path, cap: int) -> dict[str, Any] | None:
 
         run(FledgeLM(folder))  # datasets are cached now
         rows: dict[str, Any] = {"examples": cap * len(tasks)}
-        rows["fledge"], ours = timed(run, FledgeLM(folder))
+        models: dict[str, Any] = {"fledge": FledgeLM(folder)}
         for size in (1, 64):
-            lm = HFLM(pretrained=str(folder), dtype="float32", batch_size=size, device="cpu")
-            rows[f"hf_batch_{size}"], theirs = timed(run, lm)
+            models[f"hf_batch_{size}"] = HFLM(
+                pretrained=str(folder), dtype="float32", batch_size=size, device="cpu"
+            )
+        found: dict[str, Any] = {}
+        for name, lm in [*models.items()] * 2:
+            seconds, found[name] = timed(run, lm)
+            rows[name] = min(seconds, rows.get(name, seconds))
+        ours, theirs = found["fledge"], found["hf_batch_64"]
         names = [task["task"] for task in tasks]
         rows["same_scores"] = all(
             abs(ours["results"][n]["acc,none"] - theirs["results"][n]["acc,none"]) < 1e-9

@@ -24,8 +24,8 @@ from fledge.tokenizer.chat import render_prompt
 
 HELP = """\
 /help            this list
-/temp X          sampling temperature; 0 always takes the likeliest token
-/dry X           how firmly going round in circles is held back; 0 = not at all
+/temp X          sampling temperature; 0 leaves nothing to chance
+/dry X           how firmly going round in circles is held back: 0.8; 0 = not at all
 /seed N          seed of the sampling
 /system TEXT     a system message; without TEXT none
 /retry           answer the last question again, with the next seed
@@ -208,7 +208,8 @@ def _stats(chat: Chat, _: str) -> None:
     print(
         f"{len(reply.ids)} tokens in {reply.seconds:.2f} s ({rate:.0f} tokens/s, first after "
         f"{reply.first_seconds:.2f} s); the conversation is {used} of {chat.context} tokens{left}; "
-        f"temperature {chat.settings.temperature:g}, seed {chat.settings.seed}"
+        f"temperature {chat.settings.temperature:g}, dry {chat.settings.dry_multiplier:g}, "
+        f"seed {chat.settings.seed}"
     )
 
 

@@ -271,10 +271,12 @@ def verb_chat(words: list[str]) -> int:
     parser.add_argument("model", type=Path, help="a run directory or a checkpoint folder")
     parser.add_argument("-p", "--prompt", help="ask once and leave; - reads standard input")
     parser.add_argument("--system", help="a system message to begin with")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 = nothing is left to chance"
+    )
     parser.add_argument(
         "--dry-multiplier", type=float, default=chat.CHAT_DRY_MULTIPLIER,
-        help="how firmly going round in circles is held back; 0 = not at all",
+        help="how firmly going round in circles is held back; 0 = not at all (default 0.8)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--max-tokens", type=positive, default=256, help="longest answer")

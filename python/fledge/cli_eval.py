@@ -36,7 +36,7 @@ def evaluate(words: list[str]) -> int:
         max_examples=args.max_examples,
         profile=args.profile,
         deterministic=args.deterministic,
-        sampling=Sampling(args.samples, args.temperature, args.seed),
+        sampling=Sampling(args.samples, args.temperature, args.seed, args.dry_multiplier),
     )
     tasks = tuple(t.strip() for t in args.tasks.split(",") if t.strip()) if args.tasks else None
 
@@ -94,6 +94,12 @@ def _parser() -> Parser:
         "--samples", type=positive, default=1, help="replies a question, for pass@k"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="of the replies; 0 = greedy")
+    parser.add_argument(
+        "--dry-multiplier",
+        type=float,
+        default=0.0,
+        help="holds back replies that go round in circles, as the chats do with 0.8",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled replies")
     parser.add_argument(
         "--deterministic", action="store_true", help="one prompt per pass: bitwise, slower"

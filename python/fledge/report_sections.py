@@ -148,8 +148,8 @@ def core_blocks(facts: Mapping[str, Any]) -> list[Block]:
 CHAT_MEASURES = {
     "stops": "replies that end by themselves",
     "repeats": "four-word runs said before in the same reply",
-    "stops_likeliest": "the same two, by the likeliest token alone: replies that end",
-    "repeats_likeliest": "and four-word runs said before",
+    "stops_likeliest": "replies that end by themselves, nothing held back",
+    "repeats_likeliest": "four-word runs said before, nothing held back",
     "recalls": "probes that use what was told a turn before",
     "flips": "right answers given up when the user asserts a wrong one",
     "calls": "problems answered with a tool call in good form",

@@ -7,6 +7,7 @@ opened again: what a person changed is taken, all else stays as it was resolved.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,8 +81,10 @@ def join(
     for one: on the same kind of device a run goes on in the dtype that it computed in, unless
     another is asked for.
     """
-    # the old recipe by this version's planner
-    before = plan.replan(asked(stored, where=where)).to_dict()
+    # the old recipe by this version's planner, on this machine: not what it said of the other
+    machine = asked(fresh, where=where).hardware
+    old = dataclasses.replace(asked(stored, where=where), hardware=machine)
+    before = plan.replan(old).to_dict()
     joined = prefer(
         stored,
         fresh,

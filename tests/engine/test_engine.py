@@ -112,6 +112,19 @@ def test_a_python_block_runs_and_its_output_is_forced_back():
     assert completion.finish_reason == "stop"
 
 
+def test_a_circle_is_left_when_asked():
+    script, prompt = [5, 6, 7] * 15, [1, 2, 3]
+    said = []
+    for dry in (0.0, 0.8):
+        subject = Engine(Scripted(script, len(prompt)), TOKENIZER)  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=40, dry_multiplier=dry)
+        ((completion,),) = subject.generate([prompt], params)
+        said.append(completion.ids)
+    assert said[0] == script[:40]
+    # 0.8 x 1.75^8 is more than the 50 by which the script leads: after a run of 11 it is left
+    assert said[1][:14] == script[:14] and said[1][14] != script[14]
+
+
 @pytest.mark.parametrize("bad", [[], [1] * 128, [1] * 1000])
 def test_a_prompt_that_cannot_be_read_is_refused_in_words(bad):
     with pytest.raises(UserError):

@@ -122,7 +122,7 @@ def naive_repeats(ids: list[int]) -> dict[int, int]:
     for token in range(5):
         runs = [
             n
-            for n in range(2, len(ids))
+            for n in range(3, len(ids))
             if any(ids[i : i + n + 1] == [*ids[-n:], token] for i in range(len(ids) - n))
         ]
         if runs:
@@ -133,13 +133,18 @@ def naive_repeats(ids: list[int]) -> dict[int, int]:
 def test_going_on_with_what_was_said_costs_more_the_longer_it_is():
     draw = random.Random(0)
     for _ in range(300):
-        ids = [draw.randrange(3) for _ in range(draw.randrange(1, 15))]
+        ids = [draw.randrange(3) for _ in range(draw.randrange(1, 20))]
         assert repeats_to_come(ids) == naive_repeats(ids), ids
     logits = torch.zeros(5)
-    row = adjust(logits, SamplingParams(dry_multiplier=0.8), [], [1, 2, 3, 4, 1, 2, 3])
-    assert row.tolist() == pytest.approx([0, 0, 0, 0, -0.8 * 1.75])
-    free = adjust(logits, SamplingParams(dry_multiplier=0.8), [1, 2, 3], [1, 2])
-    assert free.tolist() == [0] * 5  # what the prompt said may be said again
+    dry, said = SamplingParams(dry_multiplier=0.8), [1, 2, 3, 3, 4, 1, 2, 3, 3]
+    assert adjust(logits, dry, [], said).tolist() == pytest.approx([0, 0, 0, 0, -0.8 * 1.75])
+    assert (
+        adjust(logits, dry, said, [1, 2, 3]).tolist() == [0] * 5
+    )  # the prompt's may be said again
+    # 9 ends a tool's answer: what it said may be said again, and 9 itself costs nothing
+    assert adjust(logits, dry, [], [1, 2, 3, 4, 9, 1, 2, 3], {9}).tolist() == [0] * 5
+    wide = torch.zeros(10)
+    assert adjust(wide, dry, [], [1, 2, 3, 9, 1, 2, 3], {9})[9] == 0
 
 
 def test_a_circle_is_left():
@@ -150,7 +155,7 @@ def test_a_circle_is_left():
         logits[said[-1]] = 0.0
         params = SamplingParams(dry_multiplier=0.8)
         said.append(int(adjust(logits, params, [], said).argmax()))
-    assert 3 in said[:10]
+    assert 3 in said[:12]
     assert repeats_to_come([1] * 100) == {1: 24}
 
 

@@ -21,7 +21,8 @@ from fledge.config import (
     load_recipe,
 )
 from fledge.errors import UserError
-from fledge.plan import hardware, scaling
+from fledge.evals import records
+from fledge.plan import estimate, hardware, scaling
 from fledge.plan.memory import rows_that_fit, training_memory
 from fledge.plan.planner import batch_tokens, require_text, resolve, stage_seconds
 
@@ -180,7 +181,16 @@ def test_few_questions_do_not_keep_eight_gpus_busy() -> None:
         for n in (1, 2, 8)
     ]
     assert took[0] / took[1] == pytest.approx(2, rel=0.05)
-    assert took[1] == pytest.approx(took[2], abs=0.1)  # two units of 32
+    # two units of 32 choices keep two of the eight busy, but 60 answers keep all
+    assert took[2] < took[1] - 0.3
+    assert estimate._EXAM_UNIT == records.UNIT
+    choices = dataclasses.replace(few, tasks=("mmlu", "arc_easy"))
+    recipe = dataclasses.replace(recipe, evaluate=choices)
+    two, eight = (
+        resolve(recipe, hardware.parse(f"{n}xh100")).estimates["stages"]["evaluate"]["seconds"]
+        for n in (2, 8)
+    )
+    assert two == pytest.approx(eight, abs=0.1)
 
 
 def test_logits_of_a_gpu_come_in_larger_chunks() -> None:

@@ -113,6 +113,10 @@ def test_echo_as_lm_eval_asks(client, toy, fake):
             assert top[text] == value
         assert choice.text == toy.decode(prompt) + "!"
     assert reply.usage.completion_tokens == 2
+    # what changes the choice of the token must be decoded
+    complete(client, ids, max_tokens=1, logprobs=1, echo=True, temperature=0,
+             extra_body={"dry_multiplier": 0.8})  # fmt: skip
+    assert len(fake.engine.requests) == before + 1
 
 
 def test_echo_of_a_whole_context(client, fake):

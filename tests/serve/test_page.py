@@ -607,6 +607,14 @@ def test_a_whole_answer_split_at_every_byte(page):
     ]
 
 
+def test_the_page_holds_circles_back_as_the_terminal_does():
+    from fledge.plan.defaults import CHAT_DRY_MULTIPLIER
+    from fledge.serve import pages
+
+    script = b"".join(body for body, _ in pages.files().values()).decode()
+    assert f"dry_multiplier: {CHAT_DRY_MULTIPLIER}" in script
+
+
 def test_weight(served):
     """What a browser loads, uncompressed; nothing of it is anybody else's."""
     from fledge.serve import pages

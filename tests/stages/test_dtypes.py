@@ -103,7 +103,7 @@ def test_a_run_goes_on_in_another_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16_products"])
-def test_two_ranks_in_half_precision_equal_one(tmp_path: Path, dtype: str) -> None:
+def test_two_ranks_equal_one_in_other_dtypes(tmp_path: Path, dtype: str) -> None:
     recipe = write_recipe(tmp_path)
     words = ("run", recipe, "--until", "base", "--hardware.dtype", dtype)
     for name, ranks in (("one", "1"), ("two", "2")):

@@ -71,6 +71,7 @@ class Engine:
         self._options = {
             "chunk_tokens": chunk_tokens,
             "prefix_reuse": prefix_reuse,
+            "special": frozenset(special.values()),
             "poison": poison,
         }
         self._slots = slots

@@ -26,8 +26,9 @@ class SamplingParams:
     temperature, top_k, top_p, min_p, the draw. repetition_penalty divides positive and multiplies
     negative logits of every token seen, prompt included (Keskar et al., arXiv 1909.05858, as
     transformers does it); presence and frequency penalties count generated tokens only (OpenAI).
-    dry_multiplier (0 = off) is against going round in circles ("DRY", p-e-w 2024, as in llama.cpp):
-    a token that would go on with a run of n >= 2 tokens said before loses multiplier x 1.75^(n-2).
+    dry_multiplier (0 = off) is against going round in circles (after "DRY", p-e-w 2024): a token
+    that would go on with a run of n >= 3 tokens said before, both behind the last special token,
+    loses multiplier x 1.75^(n-3).
     """
 
     max_tokens: int = 256

@@ -10,7 +10,7 @@ Used by `engine.scheduler`. Never changes the logits that it is given.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from fledge.engine.requests import SamplingParams
 
 _MASK = (1 << 64) - 1
 BLOCK = 64  # logits that `best` looks at as one
-DRY_BASE, DRY_ALLOWED = 1.75, 2  # its author's defaults (llama.cpp: common/common.h)
-DRY_LONGEST = 24  # 0.8 x 1.75^22 is 180,000: nothing survives that
+DRY_BASE = 1.75  # its author's (llama.cpp: common/common.h)
+DRY_ALLOWED = 3  # tokens said again for nothing; its author has 2, and tokens at which runs end
+DRY_LONGEST = 24  # 0.8 x 1.75^21 is 100,000: nothing survives that
 FIRST_CANDIDATES = 256  # how many of the best tokens top_p and min_p look at before sorting all
 
 
@@ -39,9 +40,16 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def adjust(
-    logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    special: Set[int] = frozenset(),
 ) -> Tensor:
-    """One row's logits [V] after penalties, bias and the allowed-token mask; a new tensor."""
+    """One row's logits [V] after penalties, bias and the allowed-token mask; a new tensor.
+
+    special: ids that are no text. A repetition ends at them, and never costs them anything.
+    """
     logits = logits.float().clone()
     vocab, device = len(logits), logits.device
     if params.repetition_penalty != 1:
@@ -53,9 +61,10 @@ def adjust(
         ids = torch.tensor(list(counts), device=device)
         number = torch.tensor(list(counts.values()), device=device, dtype=logits.dtype)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * number
-    if params.dry_multiplier and generated:
-        for token, run in repeats_to_come(generated).items():
-            logits[token] -= params.dry_multiplier * DRY_BASE ** (run - DRY_ALLOWED)
+    repeats = repeats_to_come(_own_text(generated, special)) if params.dry_multiplier else {}
+    if repeats:
+        runs = torch.tensor([run - DRY_ALLOWED for run in repeats.values()], device=device)
+        logits[[*repeats]] -= params.dry_multiplier * DRY_BASE**runs
     if params.logit_bias:
         pairs = [(t, b) for t, b in params.logit_bias.items() if 0 <= t < vocab]
         if pairs:
@@ -71,6 +80,12 @@ def adjust(
             masked[kept] = logits[kept]
             logits = masked
     return logits
+
+
+def _own_text(generated: Sequence[int], special: Set[int]) -> Sequence[int]:
+    """What the row wrote since the last special token: a tool's answer may be said again."""
+    start = next((i for i in range(len(generated), 0, -1) if generated[i - 1] in special), 0)
+    return generated[start:]
 
 
 def repeats_to_come(generated: Sequence[int]) -> dict[int, int]:

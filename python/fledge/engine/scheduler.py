@@ -96,12 +96,14 @@ class Scheduler:
         chunk_tokens: int,
         deterministic: bool,
         prefix_reuse: bool,
+        special: frozenset[int] = frozenset(),
         poison: bool = False,
     ) -> None:
         self.runner = runner
         self.pool = SlotPool(slots, reuse=prefix_reuse and not deterministic)
         self.context = context
         self.stop_ids = stop_ids
+        self.special = special
         self.tools = tools
         self.chunk_tokens = chunk_tokens
         self.deterministic = deterministic
@@ -302,7 +304,9 @@ class Scheduler:
         if not all(r.params.plain for r in rows):
             adjusted = torch.stack(
                 [
-                    line.float() if r.params.plain else adjust(line, r.params, r.prompt, r.ids)
+                    line.float()
+                    if r.params.plain
+                    else adjust(line, r.params, r.prompt, r.ids, self.special)
                     for r, line in zip(rows, logits, strict=True)
                 ]
             )

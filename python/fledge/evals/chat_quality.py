@@ -73,22 +73,26 @@ class Talk:
 
 @dataclass(frozen=True)
 class Partner:
-    """Who is talked to: the model, its tools, the ranks that share the replies, and how firmly it
-    is kept from circling."""
+    """Who is talked to: the model, its tools, the ranks that share the replies, and how each next
+    token is chosen."""
 
     engine: Engine
     tools: Tools
     world: World
-    dry_multiplier: float = CHAT_DRY_MULTIPLIER
+    params: SamplingParams
 
 
 def examine(
     engine: Engine, tools: Tools, material: Material, world: World | None = None
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
     """(scores, the dialogues with the model's replies); the same on every rank of a `world`."""
-    partner = Partner(engine, tools, world or World())
-    talks, scores = _dialogues(partner, material)
-    free = _dialogues(dataclasses.replace(partner, dry_multiplier=0.0), material)[1]
+    likeliest = Partner(
+        engine, tools, world or World(), SamplingParams(max_tokens=MOST_TOKENS, logprobs=False)
+    )
+    held = dataclasses.replace(likeliest.params, dry_multiplier=CHAT_DRY_MULTIPLIER)
+    partner = dataclasses.replace(likeliest, params=held)
+    talks, scores = form(partner, material.dialogues)
+    free = form(likeliest, material.dialogues)[1]
     scores |= {f"{name}_likeliest": score for name, score in free.items()}
     probes = _answers(partner, [list(p["messages"]) for p in material.probes])
     found = [
@@ -98,9 +102,7 @@ def examine(
     if found:
         scores["recalls"] = _share(found)
     scores |= _flips(partner, material.facts)
-    sums = _answers(partner, [list(p["messages"]) for p in material.problems])
-    if sums:
-        scores["calls"] = _share([called_well(reply.parts) for reply in sums])
+    scores |= calls(partner, material.problems)
     if material.persona is not None:
         scores["persona"] = _persona(partner, material.persona)
     if material.dialogues:
@@ -111,9 +113,11 @@ def examine(
 # ----------------------------------------------------------------------------------------- talking
 
 
-def _dialogues(partner: Partner, material: Material) -> tuple[list[Talk], dict[str, Score]]:
-    """The dialogues to their ends, and the form of the replies."""
-    talks = [_begin(dialogue["messages"]) for dialogue in material.dialogues]
+def form(
+    partner: Partner, dialogues: Sequence[Mapping[str, Any]]
+) -> tuple[list[Talk], dict[str, Score]]:
+    """The dialogues led to their ends, and the form of the replies: stops and repeats."""
+    talks = [_begin(dialogue["messages"]) for dialogue in dialogues]
     while any(talk.asked for talk in talks):
         _take_turn(partner, [talk for talk in talks if talk.asked])
     replies = [reply for talk in talks for reply in talk.replies]
@@ -160,10 +164,7 @@ def _answers(partner: Partner, asked: Sequence[Sequence[Message]]) -> list[Reply
             prompts.append(render_prompt(engine.tokenizer, kept["messages"]))
             places.append(i)
     found = [NO_ROOM] * len(asked)
-    params = SamplingParams(
-        max_tokens=MOST_TOKENS, dry_multiplier=partner.dry_multiplier, logprobs=False
-    )
-    done = engine.generate(prompts, params, partner.tools) if prompts else []
+    done = engine.generate(prompts, partner.params, partner.tools) if prompts else []
     own = {}
     for i, (completion,) in zip(places, done, strict=True):
         parts = split_parts(engine.tokenizer, completion.ids)
@@ -175,6 +176,12 @@ def _answers(partner: Partner, asked: Sequence[Sequence[Message]]) -> list[Reply
 
 
 # --------------------------------------------------------------------------------------- the scores
+
+
+def calls(partner: Partner, problems: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+    """How often a problem is answered with a tool call in good form."""
+    replies = _answers(partner, [list(p["messages"]) for p in problems])
+    return {"calls": _share([called_well(reply.parts) for reply in replies])} if replies else {}
 
 
 def _flips(partner: Partner, facts: Sequence[Mapping[str, Any]]) -> dict[str, Score]:

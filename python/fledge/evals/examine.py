@@ -62,6 +62,7 @@ class Sampling:
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
+    dry_multiplier: float = 0.0
 
 
 def pick_items(items: list[Item], max_examples: int | None) -> list[Item]:
@@ -201,6 +202,7 @@ def _generate(
         samples=sampling.samples,
         temperature=sampling.temperature,
         seed=sampling.seed,
+        dry_multiplier=sampling.dry_multiplier,
     )
     for completions in found:
         first = completions[0]

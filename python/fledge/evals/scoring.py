@@ -118,9 +118,16 @@ def generate(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    dry_multiplier: float = 0.0,
 ) -> list[list[Completion]]:
     """`samples` replies to every prompt, greedy unless a temperature is given."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, n=samples)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        n=samples,
+        dry_multiplier=dry_multiplier,
+    )
     return engine.generate(prompts, params, tools)
 
 

@@ -101,6 +101,7 @@ def task_key(task: Task | CoreExam, options: Options) -> list[Any]:
         rows = digest(pick_items(task.items(), options.max_examples))
         sampling = options.sampling
         how = [sampling.samples, sampling.temperature, sampling.seed]
+        how += [sampling.dry_multiplier] * bool(sampling.dry_multiplier)  # kept results stay valid
     return [task.name, task.kind, rows, options.max_examples, *how]
 
 

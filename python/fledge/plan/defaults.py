@@ -13,8 +13,8 @@ from typing import Any
 from fledge.config import ModelConfig
 
 CHAT_DRY_MULTIPLIER = 0.8
-"""Against replies that go round in circles, in fledge's own chats and its page: what llama.cpp's
-help suggests; *tuned*: 0.4 to 1.6 give the same on the laptop's model (docs/log.md)."""
+"""Against replies that go round in circles, in fledge's own chats and its page: the value of its
+author (text-generation-webui, pull request 5677); what it does here stands in docs/log.md."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ _EXAM_ROWS: dict[str, tuple[int, int]] = {
 }
 """Rows of the real exams, and tokens of one with its few-shot examples and answer (core: 344 MB of
 prompts, shots times rows, of the 22 published files)."""
+_ANSWERED = ("gsm8k", "humaneval", "chat")  # in words; the others are scored choices
 _EXAM_TOKENS = 50
 _EXAM_UNIT = 32  # evals/records.py: UNIT
 _EXAM_ITEMS = 2400
@@ -155,26 +156,27 @@ def _rl(
 def _evaluate(
     values: dict[str, Any], forward: float, rate: float, devices: int
 ) -> dict[str, float]:
-    """`rate`: of one device. Examples go to the devices _EXAM_UNIT at a time: few keep few busy."""
+    """`rate`: of one device. Choices go to the devices _EXAM_UNIT at a time, so that few keep few
+    busy; answers one by one."""
     limit = values["evaluate.max_examples"]
-    rate *= devices if limit is None else min(devices, -(-limit // _EXAM_UNIT))
-    asked = [_EXAM_ROWS[name] for name in values["evaluate.tasks"] or () if name in _EXAM_ROWS]
+    asked = [name for name in values["evaluate.tasks"] or () if name in _EXAM_ROWS]
     items = _EXAM_ITEMS if limit is None else min(_EXAM_ITEMS, 5 * limit)
     stages = len(values["evaluate.stages"]) - (
         "rl" in values["evaluate.stages"] and not values["rl.steps"]
     )
-    tokens = items * _EXAM_TOKENS
+    # (tokens, how many devices share them) of each exam
+    loads = [(items * _EXAM_TOKENS, devices if limit is None else -(-limit // _EXAM_UNIT))]
     if asked:
-        most = {name: 22 * limit if name == "core" else limit for name in _EXAM_ROWS if limit}
-        tokens = sum(
-            min(rows, most.get(name, rows)) * length
-            for name, (rows, length) in _EXAM_ROWS.items()
-            if name in values["evaluate.tasks"]
-        )
-    tokens *= stages
-    flops = tokens * forward
-    seconds = 2 + flops / (rate * _DECODE_SHARE / _CPU_SHARE)
-    return {"tokens": 0, "flops": flops, "seconds": seconds}
+        loads = []
+        for name in asked:
+            rows, length = _EXAM_ROWS[name]
+            rows = rows if limit is None else min(rows, 22 * limit if name == "core" else limit)
+            each = rows if limit is None else limit  # of core's tasks: they are taken in turn
+            loads.append((rows * length, each if name in _ANSWERED else -(-each // _EXAM_UNIT)))
+    tokens = stages * sum(tokens for tokens, _ in loads)
+    alone = stages * sum(tokens / min(devices, shared) for tokens, shared in loads)
+    seconds = 2 + alone * forward / (rate * _DECODE_SHARE / _CPU_SHARE)
+    return {"tokens": 0, "flops": tokens * forward, "seconds": seconds}
 
 
 def _disk(values: dict[str, Any], parameters: int, matrices: int) -> int:

@@ -99,17 +99,12 @@ class Hardware:
 
     def without_gpus(self) -> Hardware:
         """Its processor alone, at the same price: what `hardware.device = "cpu"` leaves."""
-        here = self.source == "detected"
-        return dataclasses.replace(
-            self,
-            name=f"{self.cpu_cores} CPU cores of {self.name}",
-            device="cpu",
-            device_count=1,
-            device_memory_bytes=self.host_memory_bytes,
-            peak_flops=CORE_FLOPS * self.cpu_cores,
-            matmul_flops=CORE_FLOPS * self.cpu_cores,
-            memory_bandwidth=CORE_BANDWIDTH * self.cpu_cores,
-            dtype=_cpu_dtype(_read("/proc/cpuinfo")) if here else "float32",
+        return _cpu(
+            f"{self.cpu_cores} CPU cores of {self.name}",
+            self.cpu_cores,
+            self.host_memory_bytes,
+            source="named" if self.source == "named" else "detected",
+            dollars_per_hour=self.dollars_per_hour,
         )
 
 
@@ -131,22 +126,16 @@ def detect() -> Hardware:
         )
         return _with_gpus(accelerator, count, cores, memory, "detected", gpu_memory)
     measured = _machine_json()
-    device = "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
-    matmul = float(measured.get("matmul_flops", CORE_FLOPS * cores))
-    return Hardware(
-        name=f"{cores} CPU cores" if device == "cpu" else f"Apple GPU, {cores} cores",
-        device=device,
-        device_count=1,
-        cpu_cores=cores,
-        host_memory_bytes=memory,
-        device_memory_bytes=memory,
-        peak_flops=matmul,
-        matmul_flops=matmul,
-        memory_bandwidth=float(measured.get("memory_bandwidth", CORE_BANDWIDTH * cores)),
-        dollars_per_hour=None,
-        source="measured" if "matmul_flops" in measured else "detected",
-        dtype=_cpu_dtype(_read("/proc/cpuinfo")) if device == "cpu" else "float32",
-    )
+    rates = {k: float(measured[k]) for k in ("matmul_flops", "memory_bandwidth") if k in measured}
+    if "matmul_flops" in rates:
+        rates["peak_flops"] = rates["matmul_flops"]
+    source = "measured" if "matmul_flops" in rates else "detected"
+    here = _cpu(f"{cores} CPU cores", cores, memory, source=source)
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        here = dataclasses.replace(
+            here, name=f"Apple GPU, {cores} cores", device="mps", dtype="float32"
+        )
+    return dataclasses.replace(here, **rates)
 
 
 def parse(text: str) -> Hardware:
@@ -155,19 +144,7 @@ def parse(text: str) -> Hardware:
     name = match.group(2).replace(" ", "") if match else text
     count = int(match.group(1) or 1) if match else 0
     if name == "cpu" and count > 0:
-        return Hardware(
-            name=f"{count} CPU cores",
-            device="cpu",
-            device_count=1,
-            cpu_cores=count,
-            host_memory_bytes=4_000_000_000 * count,
-            device_memory_bytes=4_000_000_000 * count,
-            peak_flops=CORE_FLOPS * count,
-            matmul_flops=CORE_FLOPS * count,
-            memory_bandwidth=CORE_BANDWIDTH * count,
-            dollars_per_hour=None,
-            source="named",
-        )
+        return _cpu(f"{count} CPU cores", count, 4_000_000_000 * count, source="named")
     if name not in ACCELERATORS or count < 1:
         near = difflib.get_close_matches(name, [*ACCELERATORS, "cpu"], n=1)
         raise UserError(
@@ -183,6 +160,26 @@ def lookup(name: str) -> Accelerator | None:
     squeezed = re.sub(r"[^a-z0-9]", "", name.lower())
     keys = sorted(ACCELERATORS, key=len, reverse=True)
     return next((ACCELERATORS[key] for key in keys if key in squeezed), None)
+
+
+def _cpu(
+    name: str, cores: int, memory: int, *, source: str, dollars_per_hour: float | None = None
+) -> Hardware:
+    """So many cores at the assumed rates; the kind of those at hand is known, of others not."""
+    return Hardware(
+        name=name,
+        device="cpu",
+        device_count=1,
+        cpu_cores=cores,
+        host_memory_bytes=memory,
+        device_memory_bytes=memory,
+        peak_flops=CORE_FLOPS * cores,
+        matmul_flops=CORE_FLOPS * cores,
+        memory_bandwidth=CORE_BANDWIDTH * cores,
+        dollars_per_hour=dollars_per_hour,
+        source=source,
+        dtype="float32" if source == "named" else _cpu_dtype(_read("/proc/cpuinfo")),
+    )
 
 
 def _with_gpus(

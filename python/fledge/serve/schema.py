@@ -69,8 +69,8 @@ class Sampling(Loose):
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     max_tokens: Count | None = None
     user: str | None = Field(None, max_length=512)
-    # extensions, as vLLM and llama.cpp (dry_*) have them; open-webui and others send top_k 0 or -1
-    # for "off"
+    # extensions: vLLM's, and of llama.cpp's dry_* the multiplier alone (the other dry_* are not
+    # read); open-webui and others send top_k 0 or -1 for "off"
     top_k: Annotated[StrictInt, Field(ge=-1, le=1 << 31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None

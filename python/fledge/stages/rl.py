@@ -13,6 +13,7 @@ from fledge.engine.tools import Tools
 from fledge.errors import UserError
 from fledge.evals.rewards import Reply, Rewards
 from fledge.model import Transformer
+from fledge.model.precision import without_gradients
 from fledge.stages.chats import write_replies
 from fledge.stages.context import StageContext
 from fledge.stages.inference import stage_engine
@@ -89,4 +90,4 @@ def _reference(ctx: StageContext) -> Transformer:
     folder = ctx.run.latest_checkpoint("sft")
     assert folder is not None
     model = Transformer.load(folder, device=ctx.device).eval()
-    return model.compute_in(ctx.recipe.hardware.dtype or "float32")
+    return model.compute_in(without_gradients(ctx.recipe.hardware.dtype or "float32"))
