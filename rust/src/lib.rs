@@ -50,12 +50,15 @@ mod error;
 mod masks;
 mod merge;
 mod merge_short;
+pub mod nn;
 mod pages;
 mod pairs;
 #[cfg(feature = "python")]
 mod py;
 #[cfg(feature = "python")]
 mod py_bpe;
+#[cfg(feature = "python")]
+mod py_step;
 #[cfg(feature = "python")]
 mod py_train;
 mod ranks;
