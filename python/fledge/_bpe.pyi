@@ -148,3 +148,14 @@ class DecodeStep:
         A row stands in the (slot, start, end) of its segments, then in its own slot. Its result
         does not depend on the other rows or on the number of threads, to the bit.
         """
+
+def draw_tokens(
+    logits: Buffer,
+    uniforms: Sequence[float],
+    rules: Sequence[tuple[float, int, float, float]],
+) -> list[int]:
+    """Of every row of `logits` [rows, V] a token, by its uniform number and its rule: temperature
+    (0: greedy), top_k (0: all), and of these top_p and min_p."""
+
+def logprobs_of(logits: Buffer, tokens: Sequence[int]) -> list[float]:
+    """Of every row of `logits` [rows, V] the log-probability of its token."""

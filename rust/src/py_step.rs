@@ -9,6 +9,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::nn::{draw, logprob, Rule};
 use crate::nn::{Cache, Format, LayerWeights, Level, Part, Row, Shape, Stepper, Weights};
 
 /// One array of float32, contiguous.
@@ -215,4 +216,68 @@ impl DecodeStep {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The token of every row of `logits` [rows, vocabulary], by its uniform number and its rule
+/// (temperature, top_k, top_p, min_p).
+#[pyfunction]
+fn draw_tokens(
+    py: Python<'_>,
+    logits: PyBuffer<f32>,
+    uniforms: Vec<f64>,
+    rules: Vec<(f32, usize, f32, f32)>,
+) -> PyResult<Vec<usize>> {
+    let logits = Floats::new(logits)?;
+    let width = row_width(&logits, rules.len())?;
+    if uniforms.len() != rules.len() {
+        return Err(PyValueError::new_err("rows of different number"));
+    }
+    let work = || {
+        let rows = logits
+            .numbers()
+            .chunks_exact(width)
+            .zip(&rules)
+            .zip(&uniforms);
+        rows.map(|((row, &(temperature, top_k, top_p, min_p)), uniform)| {
+            draw(
+                row,
+                Rule {
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                },
+                *uniform,
+            )
+        })
+        .collect()
+    };
+    Ok(py.detach(work))
+}
+
+/// Of every row of `logits` [rows, vocabulary] the log-probability of its token.
+#[pyfunction]
+fn logprobs_of(py: Python<'_>, logits: PyBuffer<f32>, tokens: Vec<usize>) -> PyResult<Vec<f64>> {
+    let logits = Floats::new(logits)?;
+    let width = row_width(&logits, tokens.len())?;
+    if tokens.iter().any(|token| *token >= width) {
+        return Err(PyValueError::new_err("a token outside the vocabulary"));
+    }
+    let rows = || logits.numbers().chunks_exact(width).zip(&tokens);
+    Ok(py.detach(|| rows().map(|(row, token)| logprob(row, *token)).collect()))
+}
+
+fn row_width(logits: &Floats, rows: usize) -> PyResult<usize> {
+    match logits.0.shape() {
+        [count, width] if *count == rows && *width > 0 => Ok(*width),
+        shape => Err(PyValueError::new_err(format!(
+            "logits of shape {shape:?} for {rows} rows"
+        ))),
+    }
+}
+
+pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<DecodeStep>()?;
+    m.add_function(wrap_pyfunction!(draw_tokens, m)?)?;
+    m.add_function(wrap_pyfunction!(logprobs_of, m)?)
 }

@@ -1,20 +1,23 @@
-"""A decode step in one call of the Rust module: all layers of a qwen3 model, for a few rows.
+"""What decoding hands to the Rust module: a whole step in one call, draws, log-probabilities.
 
 A step of a small model made of torch's operators costs more in calls than in arithmetic. The Rust
 module (rust/src/nn) goes through all layers with threads of its own, reads keys and values where
 `model.kv_cache` has them and writes the new ones there. Used by `engine.packed`, whose own passes
-remain for prompts, scoring and where the module is missing. Never changes the model.
+remain for prompts, scoring and where the module is missing; `Draws` by `engine.sampling` and
+`engine.scheduler`, whose own code is the readable twin. Never changes the model.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fledge.engine.requests import SamplingParams
 from fledge.model import Transformer
 from fledge.model.kv_cache import KVCache, Piece
 from fledge.model.transformer import Block, Decoder
@@ -99,6 +102,36 @@ class NativeDecoder:
             logits.numpy(),
         )
         return logits
+
+
+class Draws:
+    """Tokens and log-probabilities of logits on a CPU, row by row; the bits are each row's own."""
+
+    @staticmethod
+    def of(logits: Tensor) -> Draws | None:
+        """For logits [rows, V] that the module can read; None where torch has to do it."""
+        if logits.dtype != torch.float32 or logits.device.type != "cpu" or not can_step("float32"):
+            return None
+        return Draws(logits)
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = _numbers(logits)
+
+    def tokens(self, uniforms: list[float], params: Sequence[SamplingParams]) -> list[int]:
+        """One per row, by its uniform number: greedy, of the best `top_k`, or of all.
+
+        top_p and min_p without top_k are not known here.
+        """
+        from fledge._bpe import draw_tokens
+
+        rules = [(p.temperature, p.top_k or 0, p.top_p or 1.0, p.min_p or 0.0) for p in params]
+        return draw_tokens(self._logits, uniforms, rules)
+
+    def logprobs(self, tokens: list[int]) -> list[float]:
+        """Of one token per row."""
+        from fledge._bpe import logprobs_of
+
+        return logprobs_of(self._logits, tokens)
 
 
 def _layer(block: torch.nn.Module) -> list[np.ndarray]:

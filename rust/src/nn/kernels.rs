@@ -406,3 +406,228 @@ pub(crate) fn merge(parts: &[f32], stride: usize, out: &mut [f32]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::pack::Format;
+    #[cfg(target_arch = "x86_64")]
+    use crate::nn::simd::{Avx2, Avx512};
+    use crate::nn::simd::{Level, Plain};
+
+    /// Numbers between -1 and 1, the same every time.
+    pub(crate) fn random(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    fn close(got: f32, expected: f64, scale: f64) {
+        let off = (f64::from(got) - expected).abs();
+        assert!(off <= 2e-6 * (1.0 + scale), "{got} is not {expected}");
+    }
+
+    /// Runs a test with every vector that this processor has.
+    macro_rules! with_each_level {
+        ($check:ident) => {
+            // SAFETY: the features are there; every pointer comes from a vector of that length.
+            unsafe {
+                $check::<Plain>();
+                #[cfg(target_arch = "x86_64")]
+                if Level::detect() != Level::Plain {
+                    #[target_feature(enable = "avx2,fma")]
+                    unsafe fn wide() {
+                        $check::<Avx2>();
+                    }
+                    wide();
+                }
+                #[cfg(target_arch = "x86_64")]
+                if Level::detect() == Level::Avx512 {
+                    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+                    unsafe fn wider() {
+                        $check::<Avx512>();
+                    }
+                    wider();
+                }
+            }
+        };
+    }
+
+    #[inline(always)]
+    unsafe fn check_products<S: Simd>() {
+        for (outputs, width) in [(1, 1), (40, 7), (64, 33), (100, 130)] {
+            let weights = random(outputs * width, 1);
+            let rows: Vec<_> = weights.chunks(width).map(Some).collect();
+            let x = random(4 * width, 2);
+            for format in [Format::Float32, Format::BFloat16, Format::Int8] {
+                let matrix = Matrix::pack(&rows, width, None, format);
+                let mut inputs = Inputs::default();
+                inputs.shape(4, matrix.width, width);
+                for (to, from) in inputs.floats.chunks_mut(matrix.width).zip(x.chunks(width)) {
+                    to[..width].copy_from_slice(from);
+                }
+                inputs.round();
+                // as much as rounding to the format can do to the sum of so many products
+                let slack = match format {
+                    Format::Float32 => 0.0,
+                    Format::BFloat16 => 1.0 / 512.0,
+                    Format::Int8 => 1.0 / 100.0,
+                };
+                for count in 1..=4 {
+                    let first = 4 - count;
+                    for output in 0..outputs {
+                        let mut out = [f32::NAN; 4 * TILE];
+                        product::<S>(&matrix, output / TILE, &inputs, first, count, &mut out);
+                        for r in 0..count {
+                            let pairs = x[(first + r) * width..][..width]
+                                .iter()
+                                .zip(&weights[output * width..][..width]);
+                            let exact: f64 =
+                                pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                            let got = out[r * TILE + output % TILE];
+                            let off = (f64::from(got) - exact).abs();
+                            assert!(
+                                off <= 1e-5 + slack * width as f64,
+                                "{format:?} {got} {exact}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_sums_of_products() {
+        with_each_level!(check_products);
+    }
+
+    #[inline(always)]
+    unsafe fn check_bytes<S: Simd>() {
+        // the extremes: 255 x -127 four times over, where sums of two in 16 bits would overflow
+        let weights: Vec<i8> = (0..64).map(|i| [-127, 127, 5, -127][i % 4]).collect();
+        let mut out = [0; LANES];
+        S::store_ints(
+            out.as_mut_ptr(),
+            S::dot_bytes(S::no_bytes(), [255, 255, 3, 255], weights.as_ptr()),
+        );
+        assert_eq!(out, [255 * -127 + 255 * 127 + 15 + 255 * -127; LANES]);
+    }
+
+    #[test]
+    fn sums_of_bytes_are_exact() {
+        with_each_level!(check_bytes);
+    }
+
+    #[inline(always)]
+    unsafe fn check_functions<S: Simd>() {
+        let x: Vec<f32> = random(64, 3).iter().map(|x| x * 90.0).collect();
+        let mut out = [0.0; LANES];
+        for part in x.chunks(LANES) {
+            S::store(out.as_mut_ptr(), S::exp(S::load(part.as_ptr())));
+            for (x, y) in part.iter().zip(out) {
+                let exact = f64::from(x.max(-87.0)).exp();
+                if *x < 88.0 {
+                    assert!(
+                        (f64::from(y) - exact).abs() <= 3e-7 * exact,
+                        "e^{x} is not {y}"
+                    );
+                }
+            }
+        }
+        let parts = [&x[..16], &x[16..32], &x[32..48], &x[48..]];
+        let sums = S::sum4(parts.map(|part| S::load(part.as_ptr())));
+        for (part, sum) in parts.iter().zip(sums) {
+            let exact: f64 = part.iter().map(|x| f64::from(*x)).sum();
+            close(sum, exact, 900.0);
+            close(S::sum(S::load(part.as_ptr())), exact, 900.0);
+            let largest = part.iter().fold(f32::MIN, |m, x| m.max(*x));
+            assert_eq!(S::largest(S::load(part.as_ptr())), largest);
+        }
+        for (gate, up) in [
+            (1.5f32, 2.0f32),
+            (-3.0, 1.0),
+            (-200.0, 3.0),
+            (200.0, -1.0),
+            (0.0, 1.0),
+        ] {
+            let tile = [[gate; LANES], [up; LANES]].concat();
+            swiglu::<S>(tile.as_ptr(), out.as_mut_ptr());
+            let gate = f64::from(gate);
+            close(
+                out[3],
+                gate / (1.0 + (-gate).exp()) * f64::from(up),
+                gate.abs(),
+            );
+        }
+        for n in [1, 16, 21, 64] {
+            let (x, gain, mut out) = (random(n, 4), random(n, 5), vec![0.0; n]);
+            norm::<S>(&x, Some(&gain), 1e-5, &mut out);
+            let squares: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
+            for i in 0..n {
+                let exact = f64::from(x[i]) / (squares / n as f64 + 1e-5).sqrt();
+                close(out[i], exact * f64::from(gain[i]), 1.0);
+            }
+        }
+    }
+
+    #[test]
+    fn functions_equal_those_of_the_library() {
+        with_each_level!(check_functions);
+    }
+
+    #[inline(always)]
+    unsafe fn check_attention<S: Simd>() {
+        for n in [2, 8, 18, 64, 80, 128, 240] {
+            for total in [1, 3, 4, 17, CHUNK, CHUNK + 1, 3 * CHUNK + 70] {
+                let q: Vec<f32> = random(n, 6).iter().map(|x| x * 3.0).collect();
+                let (keys, values) = (random(total * n, 7), random(total * n, 8));
+                let mut parts = Vec::new();
+                let mut start = 0;
+                while start < total {
+                    let count = CHUNK.min(total - start);
+                    let mut part = vec![f32::NAN; n + 2];
+                    let (k, v) = (keys[start * n..].as_ptr(), values[start * n..].as_ptr());
+                    attend::<S>(q.as_ptr(), k, v, n, count, part.as_mut_ptr());
+                    parts.extend(part);
+                    start += count;
+                }
+                let mut got = vec![0.0; n];
+                merge(&parts, n + 2, &mut got);
+                let score = |key: &[f32]| -> f64 {
+                    key.iter()
+                        .zip(&q)
+                        .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                        .sum()
+                };
+                let shares: Vec<f64> = keys.chunks(n).map(|key| score(key).exp()).collect();
+                let all: f64 = shares.iter().sum();
+                for i in 0..n {
+                    let lines = values.chunks(n).zip(&shares);
+                    let exact: f64 = lines.map(|(v, s)| f64::from(v[i]) * s / all).sum();
+                    close(got[i], exact, 2.0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn attention_in_parts_equals_attention() {
+        with_each_level!(check_attention);
+    }
+
+    #[test]
+    fn a_rotation_turns_neighbours() {
+        let mut head = [1.0, 0.0, 2.0, 3.0];
+        rotate(&mut head, &[0.0, 0.6], &[1.0, 0.8], 2.0);
+        let expected = [0.0, 2.0, 4.0 * 0.6 - 6.0 * 0.8, 6.0 * 0.6 + 4.0 * 0.8];
+        for (got, expected) in head.iter().zip(expected) {
+            close(*got, expected, 1.0);
+        }
+    }
+}

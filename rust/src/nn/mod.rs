@@ -9,7 +9,7 @@
 //! tasks, `step` the phases. `draw` picks tokens of the logits.
 //! Nothing here knows Python, requests or scheduling.
 
-pub mod draw;
+mod draw;
 mod kernels;
 mod pack;
 mod plan;
@@ -17,6 +17,7 @@ mod simd;
 mod step;
 mod team;
 
+pub use draw::{draw, logprob, Rule};
 pub use pack::{Format, LayerWeights, Shape, Weights};
 pub use plan::{Cache, Part, Row};
 pub use simd::Level;

@@ -389,16 +389,13 @@ mod tests {
 
     #[test]
     fn halves_are_rounded_to_the_nearest() {
-        for (x, expected) in [
-            (1.0, 1.0),
-            (1.003_906_3, 1.007_812_5),
-            (1.001, 1.0),
-            (-3e38, -2.990_713e38),
-        ] {
-            let got = f32::from_bits(u32::from(half(x)) << 16);
-            assert!((got - expected).abs() <= expected.abs() * 1e-6, "{x} {got}");
+        let wide = |x| f32::from_bits(u32::from(half(x)) << 16);
+        for (x, expected) in [(1.0, 1.0), (1.005, 1.007_812_5), (1.003, 1.0), (-1.005, -1.007_812_5)] {
+            assert_eq!(wide(x), expected);
         }
-        assert_eq!(half(1.001_953_1), half(1.0)); // a tie goes to the even one
+        assert_eq!(wide(1.003_906_25), 1.0); // ties go to the even one
+        assert_eq!(wide(1.011_718_75), 1.015_625);
+        assert!((wide(-3e38) + 3e38).abs() < 3e38 / 256.0);
         assert!(f32::from_bits(u32::from(half(f32::NAN)) << 16).is_nan());
     }
 

@@ -407,3 +407,188 @@ unsafe fn work_avx512(
 unsafe fn work_avx2(frame: &Frame, phase: usize, range: Range<usize>, first: bool, own: &mut Own) {
     frame.work_with::<Avx2>(phase, range, first, own);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::pack::LayerWeights;
+    use crate::nn::plan::Part;
+
+    const SHAPE: Shape = Shape {
+        vocab_size: 70,
+        hidden_size: 40,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 18,
+        inner: 50,
+        positions: 300,
+        eps: 1e-5,
+    };
+    const SLOTS: usize = 4;
+
+    /// Numbers of order 1, the same every time.
+    fn numbers(count: usize, seed: usize) -> Vec<f32> {
+        (0..count)
+            .map(|i| ((i * 7919 + seed * 104_729) as f32).sin() * 0.3)
+            .collect()
+    }
+
+    struct Owned(Vec<Vec<f32>>);
+
+    impl Owned {
+        fn new() -> Owned {
+            let s = SHAPE;
+            let (d, q, k) = (s.hidden_size, s.attended(), s.kv_heads * s.head_dim);
+            let n = s.head_dim;
+            let one = [
+                d,
+                q * d,
+                k * d,
+                k * d,
+                q * d,
+                n,
+                n,
+                d,
+                s.inner * d,
+                s.inner * d,
+                s.inner * d,
+            ];
+            let half = s.positions * n / 2;
+            let rest = [d, s.vocab_size * d, half, half, s.vocab_size * d];
+            let counts = one.iter().cycle().take(11 * s.layers).chain(&rest);
+            Owned(counts.enumerate().map(|(i, n)| numbers(*n, i)).collect())
+        }
+
+        fn stepper(&self, format: Format, threads: usize, level: Level) -> Stepper {
+            let at = |i: usize| self.0[i].as_slice();
+            let layer = |l: usize| LayerWeights {
+                input_norm: at(11 * l),
+                q: at(11 * l + 1),
+                k: at(11 * l + 2),
+                v: at(11 * l + 3),
+                o: at(11 * l + 4),
+                q_norm: at(11 * l + 5),
+                k_norm: at(11 * l + 6),
+                post_norm: at(11 * l + 7),
+                gate: at(11 * l + 8),
+                up: at(11 * l + 9),
+                down: at(11 * l + 10),
+            };
+            let first = 11 * SHAPE.layers;
+            let weights = Weights {
+                layers: (0..SHAPE.layers).map(layer).collect(),
+                norm: at(first),
+                head: at(first + 1),
+                cos: at(first + 2),
+                sin: at(first + 3),
+            };
+            Stepper::at_level(SHAPE, &weights, format, threads, level).unwrap()
+        }
+
+        fn embedding(&self) -> &[f32] {
+            &self.0[11 * SHAPE.layers + 4]
+        }
+    }
+
+    fn rows() -> Vec<Row> {
+        let parts = vec![Part {
+            slot: 3,
+            start: 0,
+            end: 150,
+        }];
+        let row = |token, slot, position| Row {
+            token,
+            slot,
+            position,
+            parts: vec![],
+        };
+        vec![
+            row(5, 1, 290),
+            row(69, 0, 0),
+            Row {
+                token: 7,
+                slot: 2,
+                position: 170,
+                parts,
+            },
+        ]
+    }
+
+    /// The logits of `rows`, each row in `together` with the others or by itself.
+    fn logits(weights: &Owned, stepper: &mut Stepper, together: bool) -> Vec<f32> {
+        let size = SLOTS * SHAPE.kv_heads * SHAPE.positions * SHAPE.head_dim;
+        let mut memory: Vec<Vec<f32>> = (0..4).map(|i| numbers(size, 100 + i)).collect();
+        let starts: Vec<*mut f32> = memory.iter_mut().map(|m| m.as_mut_ptr()).collect();
+        // SAFETY: of that size, and alive and untouched until the steps are done.
+        let cache = unsafe {
+            Cache::new(
+                starts[..2].to_vec(),
+                starts[2..].to_vec(),
+                SLOTS,
+                SHAPE.positions,
+            )
+        };
+        let rows = rows();
+        let mut out = vec![0.0; rows.len() * SHAPE.vocab_size];
+        if together {
+            stepper
+                .step(weights.embedding(), &cache, &rows, &mut out)
+                .unwrap();
+        } else {
+            for (row, out) in rows.iter().zip(out.chunks_mut(SHAPE.vocab_size)) {
+                let row = std::slice::from_ref(row);
+                stepper.step(weights.embedding(), &cache, row, out).unwrap();
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn every_processor_and_number_of_threads_gives_the_same() {
+        let weights = Owned::new();
+        for format in [Format::Float32, Format::BFloat16, Format::Int8] {
+            let best = Level::detect();
+            let expected = logits(&weights, &mut weights.stepper(format, 1, best), true);
+            assert!(expected.iter().all(|x| x.is_finite()));
+            assert!(expected.iter().any(|x| x.abs() > 0.1));
+            for threads in [1, 2, 4] {
+                let mut stepper = weights.stepper(format, threads, best);
+                for together in [true, false] {
+                    assert_eq!(logits(&weights, &mut stepper, together), expected);
+                }
+            }
+            // a rounding to 8 bits that falls the other way is a step of 1/127
+            let slack = if format == Format::Int8 { 0.05 } else { 1e-4 };
+            let levels: &[Level] = match best {
+                Level::Avx512 => &[Level::Plain, Level::Avx2],
+                _ => &[Level::Plain],
+            };
+            for level in levels {
+                let got = logits(&weights, &mut weights.stepper(format, 2, *level), true);
+                for (a, b) in got.iter().zip(&expected) {
+                    assert!((a - b).abs() < slack, "{format:?} {level}: {a} {b}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn memory_of_another_shape_is_refused() {
+        let weights = Owned::new();
+        let mut stepper = weights.stepper(Format::Float32, 1, Level::Plain);
+        let null = std::ptr::null_mut();
+        // SAFETY: nothing is read: the shapes are refused first.
+        let cache = unsafe { Cache::new(vec![null; 2], vec![null; 2], 4, 9) };
+        let rows = rows();
+        for (embedding, count, word) in [(2799, 70, "embedding"), (2800, 69, "logits")] {
+            let embedding = vec![0.0; embedding];
+            let got = stepper.step(&embedding, &cache, &rows[1..2], &mut vec![0.0; count]);
+            assert!(got.unwrap_err().to_string().contains(word));
+        }
+        // SAFETY: as above.
+        let cache = unsafe { Cache::new(vec![null], vec![null], 4, 9) };
+        let got = stepper.step(&[], &cache, &rows[1..2], &mut []);
+        assert!(got.unwrap_err().to_string().contains("layers"));
+    }
+}
