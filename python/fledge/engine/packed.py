@@ -29,7 +29,7 @@ from fledge.model.attention import attend, attend_in_blocks
 from fledge.model.kv_cache import AttentionView, Piece
 from fledge.model.transformer import Block, Decoder
 
-NATIVE_ROWS = 32  # in a step of a non-deterministic engine
+NATIVE_THREADS = 16  # at most: the matrices of small models have no work for more
 
 
 class Plan(Protocol):
@@ -128,7 +128,7 @@ class PackedRunner(Runner):
         super().__init__(model, deterministic=deterministic)
         self.weights = weights
         self._can_step = native and can_step(weights)
-        self._threads = torch.get_num_threads()
+        self._threads = min(torch.get_num_threads(), NATIVE_THREADS)
         self.config = model.config
         pairs = torch.complex(model.cos, model.sin)  # [positions, K/2]
         self._turns = pairs[:, None]
@@ -186,9 +186,7 @@ class PackedRunner(Runner):
         return self._logits(hidden, [last[i] for i in ends])
 
     def decode(self, tokens: list[int], pieces: list[Piece]) -> Tensor:
-        # a native row's bits are its own, so a deterministic engine needs no bucket; but its rows
-        # must all take one way, however many there are
-        if self._can_step and (self.deterministic or len(pieces) <= NATIVE_ROWS):
+        if self._can_step:  # a row's bits are its own there: a deterministic engine needs no bucket
             if self._native is None:
                 self._native = NativeDecoder(self.model, self.weights, threads=self._threads)
             return self._native.decode(tokens, pieces, self.cache)

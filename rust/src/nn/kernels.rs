@@ -516,7 +516,7 @@ mod tests {
             out.as_mut_ptr(),
             S::dot_bytes(S::no_bytes(), [255, 255, 3, 255], weights.as_ptr()),
         );
-        assert_eq!(out, [255 * -127 + 255 * 127 + 15 + 255 * -127; LANES]);
+        assert_eq!(out, [15 - 255 * 127; LANES]);
     }
 
     #[test]

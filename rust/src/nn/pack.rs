@@ -84,7 +84,7 @@ impl Shape {
         if sizes.iter().any(|&n| n == 0 || n > 1 << 20) {
             return Err(invalid("a size of the model is 0 or above 2^20"));
         }
-        if self.head_dim % 2 != 0 || self.heads % self.kv_heads != 0 {
+        if !self.head_dim.is_multiple_of(2) || !self.heads.is_multiple_of(self.kv_heads) {
             return Err(invalid(
                 "heads must be even in width and a multiple of the key heads",
             ));
@@ -201,7 +201,7 @@ impl Matrix {
     ) -> Matrix {
         let (tiles, width) = (outputs.len().div_ceil(TILE), inputs.next_multiple_of(LANES));
         let count = tiles * TILE * width;
-        let mut line = vec![0.0; width];
+        let mut lines = vec![0.0; TILE * width];
         let mut numbers = match format {
             Format::Float32 => Numbers::Float32(Memory::new(count)),
             Format::BFloat16 => Numbers::BFloat16(Memory::new(count)),
@@ -211,43 +211,33 @@ impl Matrix {
                 shifts: vec![0; tiles * TILE],
             },
         };
-        for (output, row) in outputs.iter().enumerate() {
-            let Some(row) = row else { continue };
-            line[..inputs].copy_from_slice(row);
-            if let Some(gain) = gain {
-                line.iter_mut().zip(gain).for_each(|(w, g)| *w *= g);
+        for (tile, rows) in outputs.chunks(TILE).enumerate() {
+            lines.fill(0.0);
+            for (line, row) in lines.chunks_exact_mut(width).zip(rows) {
+                line.iter_mut()
+                    .zip(row.unwrap_or_default())
+                    .for_each(|(w, x)| *w = *x);
+                let gains = line.iter_mut().zip(gain.unwrap_or_default());
+                gains.for_each(|(w, g)| *w *= g);
             }
-            let first = output / TILE * TILE * width + output % TILE;
+            let place = tile * TILE * width..(tile + 1) * TILE * width;
             match &mut numbers {
                 Numbers::Float32(memory) => {
-                    let to = memory.numbers();
-                    line.iter()
-                        .enumerate()
-                        .for_each(|(k, w)| to[first + k * TILE] = *w);
+                    side_by_side_outputs(&lines, &mut memory.numbers()[place], |x| x);
                 }
                 Numbers::BFloat16(memory) => {
-                    let to = memory.numbers();
-                    line.iter()
-                        .enumerate()
-                        .for_each(|(k, w)| to[first + k * TILE] = half(*w));
+                    side_by_side_outputs(&lines, &mut memory.numbers()[place], half);
                 }
                 Numbers::Int8 {
                     weights,
                     scales,
                     shifts,
                 } => {
-                    let largest = line.iter().fold(0.0f32, |m, w| m.max(w.abs()));
-                    let scale = (largest / 127.0).max(1e-12);
-                    let to = weights.numbers();
-                    let first = output / TILE * TILE * width + output % TILE * 4;
-                    let mut sum = 0;
-                    for (k, w) in line.iter().enumerate() {
-                        let rounded = (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8;
-                        to[first + k / 4 * 4 * TILE + k % 4] = rounded;
-                        sum += i32::from(rounded);
+                    let to = &mut weights.numbers()[place];
+                    for (i, line) in lines.chunks_exact(width).enumerate().take(rows.len()) {
+                        let output = tile * TILE + i;
+                        (scales[output], shifts[output]) = round_output(line, i, to);
                     }
-                    scales[output] = scale;
-                    shifts[output] = 128 * sum;
                 }
             }
         }
@@ -257,6 +247,29 @@ impl Matrix {
             width,
         }
     }
+}
+
+/// Lines [TILE, width] turned: of each input the weights of all outputs.
+fn side_by_side_outputs<T>(lines: &[f32], to: &mut [T], stored: impl Fn(f32) -> T) {
+    let width = lines.len() / TILE;
+    for (k, to) in to.chunks_exact_mut(TILE).enumerate() {
+        for (i, to) in to.iter_mut().enumerate() {
+            *to = stored(lines[i * width + k]);
+        }
+    }
+}
+
+/// One output in 8 bits, the `i`-th of a tile; its scale, and 128 times the sum of its weights.
+fn round_output(line: &[f32], i: usize, tile: &mut [i8]) -> (f32, i32) {
+    let largest = line.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+    let scale = (largest / 127.0).max(1e-12);
+    let mut sum = 0;
+    for (k, w) in line.iter().enumerate() {
+        let rounded = (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8;
+        tile[(k / 4 * TILE + i) * 4 + k % 4] = rounded;
+        sum += i32::from(rounded);
+    }
+    (scale, 128 * sum)
 }
 
 pub(crate) struct Layer {
@@ -390,11 +403,16 @@ mod tests {
     #[test]
     fn halves_are_rounded_to_the_nearest() {
         let wide = |x| f32::from_bits(u32::from(half(x)) << 16);
-        for (x, expected) in [(1.0, 1.0), (1.005, 1.007_812_5), (1.003, 1.0), (-1.005, -1.007_812_5)] {
+        for (x, expected) in [
+            (1.0, 1.0),
+            (1.005, 1.007_812_5),
+            (1.003, 1.0),
+            (-1.005, -1.007_812_5),
+        ] {
             assert_eq!(wide(x), expected);
         }
-        assert_eq!(wide(1.003_906_25), 1.0); // ties go to the even one
-        assert_eq!(wide(1.011_718_75), 1.015_625);
+        assert_eq!(wide(1.003_906_3), 1.0); // ties go to the even one
+        assert_eq!(wide(1.011_718_8), 1.015_625);
         assert!((wide(-3e38) + 3e38).abs() < 3e38 / 256.0);
         assert!(f32::from_bits(u32::from(half(f32::NAN)) << 16).is_nan());
     }
