@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 
-from typing_extensions import Buffer
+import numpy as np
 
 Progress = Callable[[str, int, int | None], object]  # phase "count" or "merge", done, total
 
@@ -106,7 +106,7 @@ class DecodeStep:
 
     Arrays are contiguous float32, read and written in place: nobody else may write them while a
     call runs. `embedding` and the cache are kept, the other arrays are only read here. Mistakes in
-    numbers and shapes: ValueError; an array of another type: BufferError. A process that was
+    numbers and shapes: ValueError; an array of another type: np.ndarrayError. A process that was
     forked off steps on without the threads.
     """
 
@@ -117,12 +117,12 @@ class DecodeStep:
         eps: float,
         weights: str,
         threads: int,
-        embedding: Buffer,
-        norm: Buffer,
-        head: Buffer,
-        cos: Buffer,
-        sin: Buffer,
-        layers: Sequence[Sequence[Buffer]],
+        embedding: np.ndarray,
+        norm: np.ndarray,
+        head: np.ndarray,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        layers: Sequence[Sequence[np.ndarray]],
     ) -> None:
         """sizes: vocabulary, hidden, layers, heads, key heads, head width, inner, positions.
 
@@ -132,7 +132,7 @@ class DecodeStep:
     @staticmethod
     def level() -> str:
         """What the processor has: avx512, avx2 or plain."""
-    def use_cache(self, keys: Sequence[Buffer], values: Sequence[Buffer]) -> None:
+    def use_cache(self, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> None:
         """Of each layer [slots, kv_heads, max_len, head_dim]; a head's two numbers of a rotation
         stand side by side, as `fledge.engine.packed` has them."""
     def step(
@@ -141,7 +141,7 @@ class DecodeStep:
         slots: Sequence[int],
         positions: Sequence[int],
         segments: Sequence[Sequence[tuple[int, int, int]]],
-        logits: Buffer,
+        logits: np.ndarray,
     ) -> None:
         """Reads one token of every row and writes its `logits` [rows, vocabulary].
 
@@ -150,12 +150,12 @@ class DecodeStep:
         """
 
 def draw_tokens(
-    logits: Buffer,
+    logits: np.ndarray,
     uniforms: Sequence[float],
     rules: Sequence[tuple[float, int, float, float]],
 ) -> list[int]:
     """Of every row of `logits` [rows, V] a token, by its uniform number and its rule: temperature
     (0: greedy), top_k (0: all), and of these top_p and min_p."""
 
-def logprobs_of(logits: Buffer, tokens: Sequence[int]) -> list[float]:
+def logprobs_of(logits: np.ndarray, tokens: Sequence[int]) -> list[float]:
     """Of every row of `logits` [rows, V] the log-probability of its token."""

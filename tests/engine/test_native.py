@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(
 
 # vocab, hidden, layers, heads, key heads, head width, inner: widths that fill no register, grouped
 # heads, one layer, heads as wide as those of real models
-SHAPES = [
+Shape = tuple[int, int, int, int, int, int, int]
+SHAPES: list[Shape] = [
     (384, 32, 2, 4, 2, 8, 48),
     (130, 40, 3, 3, 1, 18, 50),
     (100, 64, 1, 2, 2, 64, 80),
@@ -39,7 +40,7 @@ SHAPES = [
 ]
 
 
-def random_model(shape: tuple[int, ...], *, tied: bool = False, seed: int = 0) -> Transformer:
+def random_model(shape: Shape, *, tied: bool = False, seed: int = 0) -> Transformer:
     config = ModelConfig(*shape, CONTEXT, tie_word_embeddings=tied)
     model = Transformer(config, seed=0)
     change(model, seed)
