@@ -411,12 +411,12 @@ pub(crate) fn merge(parts: &[f32], stride: usize, out: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::nn::pack::Format;
+    use crate::nn::simd::Plain;
     #[cfg(target_arch = "x86_64")]
-    use crate::nn::simd::{Avx2, Avx512};
-    use crate::nn::simd::{Level, Plain};
+    use crate::nn::simd::{Avx2, Avx512, Level};
 
     /// Numbers between -1 and 1, the same every time.
-    pub(crate) fn random(count: usize, seed: u64) -> Vec<f32> {
+    fn random(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = || {
             state ^= state << 13;
