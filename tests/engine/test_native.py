@@ -102,7 +102,7 @@ def test_logits_equal_the_module_and_the_packed_passes(shape, rows, tied):
         PackedRunner(model, deterministic=False),
     ):
         pieces = fill(runner, rows, shape[0])
-        logits = [runner.decode([(11 * i + 2) % shape[0] for i in range(rows)], pieces)]
+        logits = [runner.decode([(11 * i + 2) % shape[0] for i in range(rows)], pieces).clone()]
         logits.append(runner.decode([(5 * i) % shape[0] for i in range(rows)], further(pieces)))
         got.append(torch.cat(logits))
     assert runner._native is not None  # type: ignore[union-attr]
@@ -142,7 +142,7 @@ def test_a_row_does_not_depend_on_others_or_on_threads_to_the_bit():
 def test_new_weights_are_used_after_weights_changed():
     model = random_model(SHAPES[0])
     subject, twin = PackedRunner(model, deterministic=False), Runner(model, deterministic=False)
-    before = subject.decode([1], fill(subject, 1, 384))
+    before = subject.decode([1], fill(subject, 1, 384)).clone()
     change(model, 9)
     subject.weights_changed()
     after = subject.decode([1], fill(subject, 1, 384))
@@ -221,7 +221,7 @@ def test_a_forked_process_steps_on_without_the_helpers():
     cache = MODEL.new_cache(2, 128)
     subject = NativeDecoder(MODEL, "float32", threads=3)
     subject.decode([1], [Piece(0, 0, 1)], cache)
-    expected = subject.decode([2], [Piece(0, 1, 1)], cache)
+    expected = subject.decode([2], [Piece(0, 1, 1)], cache).clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a process with threads forks is the point
         child = os.fork()

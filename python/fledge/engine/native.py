@@ -64,6 +64,7 @@ class NativeDecoder:
         assert isinstance(decoder, Decoder)
         self._vocab_size = c.vocab_size
         self._cache: KVCache | None = None
+        self._logits = torch.empty(0, self._vocab_size)
         self._step = made(
             sizes=[
                 c.vocab_size,
@@ -87,13 +88,19 @@ class NativeDecoder:
         )
 
     def decode(self, tokens: list[int], pieces: list[Piece], cache: KVCache) -> Tensor:
-        """Reads one token of every piece; logits [rows, V]. A row's bits are its own affair."""
+        """Reads one token of every piece; logits [rows, V]. A row's bits are its own affair.
+
+        The logits are memory that is kept, because fresh pages cost as much as a layer: the next
+        call writes over them.
+        """
         if self._cache is not cache:
             self._step.use_cache(
                 [keys.numpy() for keys in cache.keys], [values.numpy() for values in cache.values]
             )
             self._cache = cache
-        logits = torch.empty(len(tokens), self._vocab_size)
+        if len(self._logits) < len(tokens):
+            self._logits = torch.empty(len(tokens), self._vocab_size)
+        logits = self._logits[: len(tokens)]
         self._step.step(
             tokens,
             [piece.slot for piece in pieces],

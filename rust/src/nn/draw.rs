@@ -31,19 +31,20 @@ pub struct Rule {
 /// Of equal logits the smaller id counts as the better.
 pub fn draw(logits: &[f32], rule: Rule, uniform: f64) -> usize {
     let blocks = maxima(logits);
+    let most = largest(&blocks);
     if rule.temperature == 0.0 {
-        return first_of(&blocks, |m| *m >= largest(&blocks))
-            .and_then(|block| {
-                let at = block * BLOCK;
-                let part = &logits[at..logits.len().min(at + BLOCK)];
-                first_of(part, |x| *x >= blocks[block]).map(|i| at + i)
-            })
+        let block = blocks.iter().position(|m| *m >= most).unwrap_or(0);
+        let part = logits.iter().enumerate().skip(block * BLOCK).take(BLOCK);
+        return part
+            .filter(|(_, x)| **x >= most)
+            .map(|(i, _)| i)
+            .next()
             .unwrap_or(0); // all NaN
     }
     if rule.top_k > 0 && rule.top_k < logits.len() {
         return draw_best(logits, &blocks, rule, uniform);
     }
-    draw_all(logits, largest(&blocks), rule.temperature, uniform)
+    draw_all(logits, most, rule.temperature, uniform)
 }
 
 /// Log-probability of a token of one row.
@@ -51,10 +52,6 @@ pub fn logprob(logits: &[f32], token: usize) -> f64 {
     let most = largest(&maxima(logits));
     let total: f64 = shares(logits, most, 1.0).1.iter().sum();
     f64::from(logits[token]) - f64::from(most) - total.ln()
-}
-
-fn first_of(numbers: &[f32], wanted: impl Fn(&f32) -> bool) -> Option<usize> {
-    numbers.iter().position(wanted)
 }
 
 fn largest(numbers: &[f32]) -> f32 {
