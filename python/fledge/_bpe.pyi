@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 
+import numpy as np
+
 Progress = Callable[[str, int, int | None], object]  # phase "count" or "merge", done, total
 
 class Memory:
@@ -98,3 +100,62 @@ def train(
 def split(text: str, pattern: str) -> list[str]: ...
 def pattern_regex(pattern: str) -> str:
     """The regex that a pattern's name stands for."""
+
+class DecodeStep:
+    """A packed qwen3 model, and threads of its own that run its decode steps in one call.
+
+    Arrays are contiguous float32, read and written in place: nobody else may write them while a
+    call runs. `embedding` and the cache are kept, the other arrays are only read here. Mistakes in
+    numbers and shapes: ValueError; an array of another type: np.ndarrayError. A process that was
+    forked off steps on without the threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        sizes: Sequence[int],
+        eps: float,
+        weights: str,
+        threads: int,
+        embedding: np.ndarray,
+        norm: np.ndarray,
+        head: np.ndarray,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        layers: Sequence[Sequence[np.ndarray]],
+    ) -> None:
+        """sizes: vocabulary, hidden, layers, heads, key heads, head width, inner, positions.
+
+        `layers`, of each block: input norm, q, k, v, o, q norm, k norm, post-attention norm, gate,
+        up, down. weights: float32, bfloat16 or int8. `threads`: the caller's among them.
+        """
+    @staticmethod
+    def level() -> str:
+        """What the processor has: avx512, avx2 or plain."""
+    def use_cache(self, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> None:
+        """Of each layer [slots, kv_heads, max_len, head_dim]; a head's two numbers of a rotation
+        stand side by side, as `fledge.engine.packed` has them."""
+    def step(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        segments: Sequence[Sequence[tuple[int, int, int]]],
+        logits: np.ndarray,
+    ) -> None:
+        """Reads one token of every row and writes its `logits` [rows, vocabulary].
+
+        A row stands in the (slot, start, end) of its segments, then in its own slot. Its result
+        does not depend on the other rows or on the number of threads, to the bit.
+        """
+
+def draw_tokens(
+    logits: np.ndarray,
+    uniforms: Sequence[float],
+    rules: Sequence[tuple[float, int, float, float]],
+) -> list[int]:
+    """Of every row of `logits` [rows, V] a token, by its uniform number and its rule: temperature
+    (0: greedy), top_k (0: all), and of these top_p and min_p."""
+
+def logprobs_of(logits: np.ndarray, tokens: Sequence[int]) -> list[float]:
+    """Of every row of `logits` [rows, V] the log-probability of its token."""

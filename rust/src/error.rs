@@ -23,6 +23,8 @@ pub enum ErrorKind {
     CorruptCounts,
     /// More distinct pieces than can be learnt from.
     TooLarge,
+    /// A decode step that asks for what the model or the cache does not have.
+    InvalidStep,
     /// Stopped half-way by the caller.
     Cancelled,
     /// A file could not be read or written.

@@ -35,8 +35,10 @@
 //! `split`, `train` and `encode` are the three steps, each with its own helpers:
 //! `blocks`, `masks`, `scan` and `unicode` find pieces, `count`, `table` and
 //! `count_file` count them. `reference` is a naive twin of all of them, there
-//! to be read and to be tested against. The feature
-//! `python` adds the module `fledge._bpe`; the core never sees Python.
+//! to be read and to be tested against. `nn` has nothing to do with text: it is
+//! the decode step of a small model on a CPU, in this crate so that there is
+//! one module to build. The feature `python` adds the module `fledge._bpe`; the
+//! core never sees Python.
 
 #![deny(missing_docs)]
 
@@ -50,12 +52,15 @@ mod error;
 mod masks;
 mod merge;
 mod merge_short;
+pub mod nn;
 mod pages;
 mod pairs;
 #[cfg(feature = "python")]
 mod py;
 #[cfg(feature = "python")]
 mod py_bpe;
+#[cfg(feature = "python")]
+mod py_step;
 #[cfg(feature = "python")]
 mod py_train;
 mod ranks;

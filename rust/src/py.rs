@@ -30,5 +30,6 @@ pub(crate) fn threads_or_all(threads: Option<usize>) -> usize {
 fn _bpe(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<crate::py_bpe::PyBpe>()?;
     m.add_class::<crate::py_bpe::Memory>()?;
+    crate::py_step::register(m)?;
     crate::py_train::register(m)
 }

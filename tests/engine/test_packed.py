@@ -53,7 +53,7 @@ def test_packed_passes_equal_the_module():
         ]
         logits.append(runner.prefill([prompt[30:]], [Piece(0, 30, 10)], [0], None))
         logits.append(runner.prefill([[3, 4, 5, 6, 7]], [Piece(4, 40, 5, shared)], [0], None))
-        logits.append(runner.decode([1, 2, 3, 4, 5], decoding))
+        logits.append(runner.decode([1, 2, 3, 4, 5], decoding).clone())
         further = [Piece(p.slot, p.start + 1, 1, p.segments) for p in decoding]
         logits.append(runner.decode([9, 8, 7, 6, 5], further))
         got.append(torch.cat(logits))

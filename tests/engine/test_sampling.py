@@ -6,12 +6,25 @@ import random
 import pytest
 import torch
 
-from fledge.engine import sampling
+from fledge.engine import native, sampling
+from fledge.engine.native import Draws
 from fledge.engine.requests import SamplingParams
 from fledge.engine.sampling import adjust, best, repeats_to_come, sample, uniform
 from fledge.errors import UserError
 
 DRAWS = 40000
+
+
+@pytest.fixture(autouse=True, params=["rust", "torch"])
+def way(request, monkeypatch) -> str:
+    """Everything is drawn by the Rust module, and again by its readable twin."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "can_step", lambda weights: False)
+    elif not native.can_step("float32"):
+        pytest.skip("the Rust module is not built, or this processor is too plain")
+    return request.param
+
+
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 1.9, -3.0, 0.25])
 
 
@@ -214,3 +227,51 @@ def test_a_draw_by_blocks_is_the_draw_by_one_sum(size):
         sought = uniforms[:, None] * (cumulative[:, -1:] * (1 - 2**-52))
         different += int((torch.searchsorted(cumulative, sought, right=True)[:, 0] != picked).sum())
     assert different <= 4, "only where a uniform number falls on an edge to the last bit"
+
+
+def test_rust_and_torch_draw_the_same_tokens(monkeypatch):
+    """Not where the number lies within rounding of a border: a few of ten thousand at most."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(500, 4096, generator=generator)
+    uniforms = torch.rand(500, dtype=torch.float64, generator=generator)
+    rules = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.6, top_k=50),
+        SamplingParams(temperature=1.3, top_k=4095, min_p=0.01),
+        SamplingParams(temperature=1.0, top_k=20, top_p=0.7),
+        SamplingParams(temperature=1.0, top_p=0.7),
+    ]
+    params = [rules[i % len(rules)] for i in range(500)]
+    assert Draws.of(logits) is not None or not native.can_step("float32")
+    got = sample(logits, uniforms, params)
+    monkeypatch.setattr(native, "can_step", lambda weights: False)
+    assert (got != sample(logits, uniforms, params)).sum() <= 1
+
+
+def test_log_probabilities_of_one_token_are_those_of_the_table():
+    if (draws := Draws.of(10 * torch.randn(40, 1000))) is None:
+        return
+    logits = torch.from_numpy(draws._logits)
+    tokens = torch.randint(0, 1000, (40,))
+    expected = logits.double().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+    got = torch.tensor(draws.logprobs(tokens.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_draws_of_something_else_are_refused(way):
+    if way == "torch":
+        return
+    draws = Draws(torch.zeros(2, 5))
+    params = [SamplingParams()] * 2
+    for call in (
+        lambda: draws.tokens([0.5], params),
+        lambda: draws.tokens([0.5], params[:1]),
+        lambda: draws.logprobs([1]),
+        lambda: draws.logprobs([1, 5]),
+        lambda: Draws(torch.zeros(5)).logprobs([1] * 5),
+        lambda: Draws(torch.zeros(1, 0)).logprobs([0]),
+    ):
+        with pytest.raises(ValueError):
+            call()
+    assert Draws.of(torch.zeros(2, 5, dtype=torch.bfloat16)) is None

@@ -13,7 +13,8 @@ import pytest
 import torch
 from tests.helpers_model import tiny_model, tiny_tokenizer
 
-from fledge.engine import Engine, Request, SamplingParams, TokenEvent, scheduler
+from fledge.engine import Engine, Request, SamplingParams, TokenEvent, packed, scheduler
+from fledge.engine.native import can_step
 from fledge.engine.tools import Tools
 from fledge.model import ModelConfig, Transformer
 
@@ -116,14 +117,18 @@ def drive(engine: Engine, rng: random.Random, tools: Tools, count: int) -> list[
     return [*clients.values()]
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("way", ["native", "packed", "module"])
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize(
     ("seed", "slots", "chunk"), [(0, 4, 7), (1, 9, 64), (2, 3, 5), (3, 16, 33)]
 )
 def test_any_interleaving_gives_the_naive_answers(
-    seed, slots, chunk, deterministic, packed, monkeypatch
+    seed, slots, chunk, deterministic, way, monkeypatch
 ):
+    if way == "native" and not can_step("float32"):
+        pytest.skip("there are no native steps here")
+    if way == "packed":
+        monkeypatch.setattr(packed, "can_step", lambda weights: False)
     monkeypatch.setattr(scheduler, "DETERMINISTIC_SHARE", 48)
     rng = random.Random(seed)
     subject = Engine(
@@ -132,7 +137,7 @@ def test_any_interleaving_gives_the_naive_answers(
         slots=slots,
         chunk_tokens=chunk,
         deterministic=deterministic,
-        packed=packed,
+        packed=way != "module",
         poison=True,
     )
     with Tools() as tools:
@@ -154,6 +159,7 @@ def test_any_interleaving_gives_the_naive_answers(
                 else:
                     assert got[:certain] == expected[:certain]
                     assert certain < len(expected) or len(got) == len(expected)
+    assert (getattr(subject.runner, "_native", None) is not None) == (way == "native")
     pool = subject._live.pool  # type: ignore[union-attr]
     assert pool.free == slots and all(s.readers == 0 for s in pool.slots)
     subject.close()

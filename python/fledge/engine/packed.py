@@ -5,6 +5,8 @@ calls as it can: q, k and v come from one product; residual, SiLU and gate are p
 the gain of a norm is multiplied into the matrix behind it; the two halves of a rotary pair are
 stored side by side so that a rotation is one complex product. Weights are float32, bfloat16 or
 int8 (`engine.linears`).
+Decode steps go through `engine.native`, one call of Rust for all layers, where that is there and
+faster.
 The readable twin is `engine.runner.Runner`; tests hold the two equal. Used by `engine.engine` for
 qwen3 on CPUs. Never changes the model; after an optimizer step it packs again.
 """
@@ -20,11 +22,14 @@ from torch import Tensor
 
 from fledge.engine.attention_plan import DecodePlan, PiecePlan
 from fledge.engine.linears import Linear, SwiGLU, pack, pack_swiglu
+from fledge.engine.native import NativeDecoder, can_step
 from fledge.engine.runner import DECODE_BUCKET, MaskedView, Runner
 from fledge.model import Transformer
 from fledge.model.attention import attend, attend_in_blocks
 from fledge.model.kv_cache import AttentionView, Piece
 from fledge.model.transformer import Block, Decoder
+
+NATIVE_THREADS = 16  # at most: the matrices of small models have no work for more
 
 
 class Plan(Protocol):
@@ -112,10 +117,18 @@ class PackedRunner(Runner):
     """Passes over packed weights of a qwen3 model on a CPU."""
 
     def __init__(
-        self, model: Transformer, *, deterministic: bool, weights: str = "float32"
+        self,
+        model: Transformer,
+        *,
+        deterministic: bool,
+        weights: str = "float32",
+        native: bool = True,
     ) -> None:
+        """`native=False`: decode steps of torch's operators, for tests."""
         super().__init__(model, deterministic=deterministic)
         self.weights = weights
+        self._can_step = native and can_step(weights)
+        self._threads = min(torch.get_num_threads(), NATIVE_THREADS)
         self.config = model.config
         pairs = torch.complex(model.cos, model.sin)  # [positions, K/2]
         self._turns = pairs[:, None]
@@ -158,6 +171,7 @@ class PackedRunner(Runner):
         self._norm = model.norm.weight.detach()
         self._head = pack(self.model.lm_head.weight, self.weights)
         self._last: tuple[Linear, Linear] | None = None  # made when exams first ask
+        self._native: NativeDecoder | None = None  # made by the first decode step
 
     def prefill(
         self, parts: list[list[int]], pieces: list[Piece], ends: list[int], total: int | None
@@ -172,6 +186,10 @@ class PackedRunner(Runner):
         return self._logits(hidden, [last[i] for i in ends])
 
     def decode(self, tokens: list[int], pieces: list[Piece]) -> Tensor:
+        if self._can_step:  # a row's bits are its own there: a deterministic engine needs no bucket
+            if self._native is None:
+                self._native = NativeDecoder(self.model, self.weights, threads=self._threads)
+            return self._native.decode(tokens, pieces, self.cache)
         if not self.deterministic:
             plan = DecodePlan(self.cache, pieces, deterministic=False)
             return self._head(self._pass(tokens, plan.places.positions, plan, None))

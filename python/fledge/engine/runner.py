@@ -74,7 +74,7 @@ class Runner:
         return self._logits(hidden, [last[i] for i in ends])
 
     def decode(self, tokens: list[int], pieces: list[Piece]) -> Tensor:
-        """Reads one token of every piece; logits [rows, V]."""
+        """Reads one token of every piece; logits [rows, V], which hold until the next call."""
         if not self.deterministic:
             return self._logits(self._hidden(tokens, pieces, None), [*range(len(pieces))])
         logits = []

@@ -4,7 +4,9 @@ A draw depends only on (seed, choice, position) and on the row's own logits: one
 row comes from a counter-based generator and is put through the inverse of the row's cumulative
 distribution, so batch-mates never change a sample (docs/decisions/020). Rows that want the same
 kind of truncation share the kernels; which kind is a function of the row's parameters alone.
-Used by `engine.scheduler`. Never changes the logits that it is given.
+Where the Rust module is there, it draws (`engine.native.Draws`); what stands here is its readable
+twin, and the way of other devices. Used by `engine.scheduler`. Never changes the logits that it is
+given.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor
 
+from fledge.engine.native import Draws
 from fledge.engine.requests import SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -120,6 +123,8 @@ def sample(
     kinds: dict[tuple[str, int], list[int]] = {}
     for i, p in enumerate(table):
         kinds.setdefault(_kind(p, logits.shape[-1]), []).append(i)
+    if ("nucleus", 0) not in kinds and (draws := Draws.of(logits)) is not None:
+        return torch.tensor(draws.tokens(uniforms.tolist(), table))
     if len(kinds) == 1:
         return _sample_kind(logits, uniforms, table, next(iter(kinds)))
     picked = torch.empty(rows, dtype=torch.long, device=logits.device)
@@ -145,6 +150,8 @@ def _sample_kind(
     logits: Tensor, uniforms: Tensor, params: list[SamplingParams], kind: tuple[str, int]
 ) -> Tensor:
     name, top_k = kind
+    if name != "nucleus" and (draws := Draws.of(logits)) is not None:
+        return torch.tensor(draws.tokens(uniforms.tolist(), params))
     if name == "greedy":
         return logits.argmax(dim=-1)
     column = [p.temperature for p in params]

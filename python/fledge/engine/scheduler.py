@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fledge.engine.native import Draws
 from fledge.engine.pool import MIN_SHARE, SlotPool
 from fledge.engine.requests import Request, SamplingParams, TokenEvent
 from fledge.engine.runner import Runner
@@ -63,6 +64,13 @@ class Row:
     @property
     def params(self) -> SamplingParams:
         return self.group.request.params
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether the log-probability of the drawn token alone is not enough."""
+        p = self.params
+        tempered = p.logprobs_at_temperature and p.temperature not in (0.0, 1.0)
+        return bool(p.top_logprobs) or tempered
 
     @property
     def length(self) -> int:
@@ -311,16 +319,10 @@ class Scheduler:
                 ]
             )
         picked = sample(adjusted, draws.to(logits.device), [r.params for r in rows])
-        # log-probabilities are of the model itself, in float32
-        logprobs, best = [0.0] * len(rows), {}
-        if any(r.params.logprobs for r in rows):
-            table = self._log_softmax(logits)
-            logprobs = self._logprobs(rows, table, picked)
-            best = self._top_logprobs(rows, table)
+        picked = picked.tolist()
+        logprobs, best = self._all_logprobs(rows, logits, picked)
         events = []
-        for i, (row, token, logprob) in enumerate(
-            zip(rows, picked.tolist(), logprobs, strict=True)
-        ):
+        for i, (row, token, logprob) in enumerate(zip(rows, picked, logprobs, strict=True)):
             row.ids.append(token)
             row.unread.append(token)
             row.sampled_count += 1
@@ -343,6 +345,35 @@ class Scheduler:
             )
         return events
 
+    def _all_logprobs(
+        self, rows: list[Row], logits: Tensor, picked: list[int]
+    ) -> tuple[list[float], dict[int, list[tuple[int, float]]]]:
+        """Log-probabilities of the picked tokens, and the best of rows that want them.
+
+        They are of the model itself, in float32. A row that needs a table of all tokens gets one,
+        whatever the others need, so that its numbers do not depend on them.
+        """
+        logprobs, best = [0.0] * len(rows), {}
+        direct, tabled = [], []
+        draws = Draws.of(logits)
+        for i, row in enumerate(rows):
+            if row.params.logprobs:
+                (tabled if draws is None or row.needs_table else direct).append(i)
+        if direct:
+            if len(direct) < len(rows):
+                draws = Draws(logits[direct])
+            assert draws is not None
+            for i, value in zip(direct, draws.logprobs([picked[i] for i in direct]), strict=True):
+                logprobs[i] = value
+        if tabled:
+            some = [rows[i] for i in tabled]
+            table = self._log_softmax(logits if len(some) == len(rows) else logits[tabled])
+            values = self._logprobs(some, table, torch.tensor([picked[i] for i in tabled]))
+            for i, value in zip(tabled, values, strict=True):
+                logprobs[i] = value
+            best = {tabled[i]: found for i, found in self._top_logprobs(some, table).items()}
+        return logprobs, best
+
     def _log_softmax(self, logits: Tensor) -> Tensor:
         """[rows, V], in memory that is kept: fresh pages cost more than the sums."""
         if self._scratch.numel() < logits.numel() or self._scratch.device != logits.device:
@@ -353,7 +384,7 @@ class Scheduler:
     @staticmethod
     def _logprobs(rows: list[Row], table: Tensor, picked: Tensor) -> list[float]:
         """Of the picked tokens: the model's own, or at the temperature where that was asked for."""
-        logprobs = table.gather(1, picked[:, None])[:, 0]
+        logprobs = table.gather(1, picked.to(table.device)[:, None])[:, 0]
         for i, row in enumerate(rows):
             if row.params.logprobs_at_temperature and row.params.temperature not in (0.0, 1.0):
                 line = (table[i] / row.params.temperature).log_softmax(dim=-1)
