@@ -106,8 +106,9 @@ class DecodeStep:
 
     Arrays are contiguous float32, read and written in place: nobody else may write them while a
     call runs. `embedding` and the cache are kept, the other arrays are only read here. Mistakes in
-    numbers and shapes: ValueError; an array of another type: np.ndarrayError. A process that was
-    forked off steps on without the threads.
+    numbers and shapes: ValueError; a number below 0: OverflowError; an array of another type:
+    BufferError. `logits` must not overlap the other arrays. A process that was forked off while no
+    step was under way steps on without the threads.
     """
 
     def __init__(

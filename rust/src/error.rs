@@ -25,6 +25,8 @@ pub enum ErrorKind {
     TooLarge,
     /// A decode step that asks for what the model or the cache does not have.
     InvalidStep,
+    /// Our own mistake: a decode step panicked.
+    Panicked,
     /// Stopped half-way by the caller.
     Cancelled,
     /// A file could not be read or written.

@@ -16,7 +16,7 @@ impl From<Error> for PyErr {
         let message = error.to_string();
         match error.kind() {
             ErrorKind::Io => PyOSError::new_err(message),
-            ErrorKind::Cancelled => PyRuntimeError::new_err(message),
+            ErrorKind::Cancelled | ErrorKind::Panicked => PyRuntimeError::new_err(message),
             _ => PyValueError::new_err(message),
         }
     }

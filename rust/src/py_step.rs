@@ -166,10 +166,13 @@ impl DecodeStep {
         let (keys, values) = starts.split_at(count);
         // SAFETY: the shapes were compared, and the buffers are held beside the cache.
         let cache = unsafe { Cache::new(keys.to_vec(), values.to_vec(), dims[0], dims[2]) };
-        *lock(&self.cache) = Some(Held {
+        let held = Held {
             cache,
             _buffers: buffers,
-        });
+        };
+        // what is let go may run Python's code: not under the lock
+        let old = lock(&self.cache).replace(held);
+        drop(old);
         Ok(())
     }
 

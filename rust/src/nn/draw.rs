@@ -49,6 +49,9 @@ pub fn draw(logits: &[f32], rule: Rule, uniform: f64) -> usize {
 
 /// Log-probability of a token of one row.
 pub fn logprob(logits: &[f32], token: usize) -> f64 {
+    if logits.iter().any(|x| x.is_nan()) {
+        return f64::NAN; // as softmax has it; `max` would pass over it
+    }
     let most = largest(&maxima(logits));
     let total: f64 = shares(logits, most, 1.0).1.iter().sum();
     f64::from(logits[token]) - f64::from(most) - total.ln()

@@ -262,7 +262,12 @@ fn side_by_side_outputs<T>(lines: &[f32], to: &mut [T], stored: impl Fn(f32) -> 
 /// One output in 8 bits, the `i`-th of a tile; its scale, and 128 times the sum of its weights.
 fn round_output(line: &[f32], i: usize, tile: &mut [i8]) -> (f32, i32) {
     let largest = line.iter().fold(0.0f32, |m, w| m.max(w.abs()));
-    let scale = (largest / 127.0).max(1e-12);
+    // a weight that is no number makes its output none
+    let scale = if line.iter().any(|w| w.is_nan()) {
+        f32::NAN
+    } else {
+        (largest / 127.0).max(1e-12)
+    };
     let mut sum = 0;
     for (k, w) in line.iter().enumerate() {
         let rounded = (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8;
@@ -295,6 +300,11 @@ pub(crate) struct Model {
 impl Model {
     pub(crate) fn pack(s: Shape, weights: &Weights, format: Format) -> Result<Model, Error> {
         s.check()?;
+        // 127 x 127 x inputs is summed in 32 bits
+        let inputs = [s.hidden_size, s.attended(), s.inner];
+        if format == Format::Int8 && inputs.iter().any(|&n| n > 1 << 16) {
+            return Err(invalid("8 bits serve up to 65,536 inputs of a matrix"));
+        }
         check_lengths(&s, weights)?;
         let layers = weights
             .layers

@@ -2,8 +2,9 @@
 //!
 //! A phase is a number of units of work. Whoever is there takes some of those
 //! that are left, and the next phase begins when all are *done*, not when all
-//! threads have *arrived*: a thread that sleeps or was put aside by the system
-//! holds nobody up, and a caller without helpers does everything itself. So
+//! threads have *arrived*: a thread that sleeps holds nobody up, nor does one that
+//! the system has put aside, unless it had begun a unit; and a caller without
+//! helpers does everything itself. So
 //! the results must not depend on who does what. Between steps a helper waits
 //! for a moment and then sleeps until it is woken. Used by `step`.
 
@@ -73,12 +74,15 @@ impl<P> Job<P> {
             let mut first = true;
             while let Some(range) = phase.take(self.threads) {
                 let count = range.len();
-                // SAFETY: these units are not done, so the caller of `run` is still in it, and
-                // what it was given is still there.
-                let work = unsafe { &*self.work };
-                let result = catch_unwind(AssertUnwindSafe(|| work(index, range, first, own)));
-                if result.is_err() {
-                    self.failed.store(true, Ordering::Relaxed);
+                // after a panic `own` may be half made: the rest is only counted
+                if !self.failed.load(Ordering::Relaxed) {
+                    // SAFETY: these units are not done, so the caller of `run` is still in it,
+                    // and what it was given is still there.
+                    let work = unsafe { &*self.work };
+                    let result = catch_unwind(AssertUnwindSafe(|| work(index, range, first, own)));
+                    if result.is_err() {
+                        self.failed.store(true, Ordering::Relaxed);
+                    }
                 }
                 first = false;
                 // what was written comes before the count, and is seen by who sees the count
