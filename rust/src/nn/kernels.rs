@@ -7,8 +7,14 @@
 use crate::nn::pack::{Matrix, Numbers, TILE};
 use crate::nn::simd::{Simd, LANES};
 
-/// Keys that one task of attention reads.
+/// Keys that one task of attention reads at most.
 pub(crate) const CHUNK: usize = 128;
+
+/// Keys of width `n` that one task reads: 32 KiB where that is possible, so that rows which share
+/// them find them, and then their values, in the nearest cache.
+pub(crate) fn chunk(n: usize) -> usize {
+    (8192 / n).clamp(32, CHUNK) / LANES * LANES
+}
 
 /// Rows [rows, stride] as a product takes them in.
 #[derive(Default)]
@@ -317,23 +323,23 @@ unsafe fn weigh<S: Simd, const N: usize>(
     }
 }
 
-/// Attention of one scaled query [n] over `count` (1 to [`CHUNK`]) keys and values [count, n].
-///
-/// `out` [n + 2]: the values weighted by e^(score - most), then `most` and the sum of the weights.
+/// Shares that one scaled query [n] gives to `count` (1 to [`CHUNK`]) keys [count, n]:
+/// e^(score - most) in `scores`; `most` and the sum of the shares in `out[n]` and `out[n + 1]`.
 ///
 /// # Safety
 ///
 /// The processor has what S names; the pointers have that many numbers.
 #[inline(always)]
-pub(crate) unsafe fn attend<S: Simd>(
+pub(crate) unsafe fn share<S: Simd>(
     q: *const f32,
     keys: *const f32,
-    values: *const f32,
     n: usize,
     count: usize,
+    scores: &mut [f32; CHUNK],
     out: *mut f32,
 ) {
-    let mut scores = [f32::NEG_INFINITY; CHUNK];
+    let used = count.next_multiple_of(LANES);
+    scores[count..used].fill(f32::NEG_INFINITY);
     let mut j = 0;
     while j + 4 <= count {
         scores[j..j + 4].copy_from_slice(&dot4::<S>(q, keys.add(j * n), n));
@@ -343,24 +349,32 @@ pub(crate) unsafe fn attend<S: Simd>(
         scores[j] = dot::<S>(q, keys.add(j * n), n);
         j += 1;
     }
-    let used = count.next_multiple_of(LANES);
     let mut most = S::load(scores.as_ptr());
     for part in scores[..used].chunks_exact(LANES) {
         most = S::max(S::load(part.as_ptr()), most);
     }
     let most = S::largest(most);
-    let mut sum = S::splat(0.0);
     for part in scores[..used].chunks_exact_mut(LANES) {
         let share = S::exp(S::add(S::load(part.as_ptr()), S::splat(-most)));
         S::store(part.as_mut_ptr(), share);
     }
     scores[count..used].fill(0.0); // e^-87, not 0
+    let mut sum = S::splat(0.0);
     for part in scores[..used].chunks_exact(LANES) {
         sum = S::add(S::load(part.as_ptr()), sum);
     }
     *out.add(n) = most;
     *out.add(n + 1) = S::sum(sum);
-    let (shares, mut at) = (&scores[..count], 0);
+}
+
+/// The values [shares, n] times their shares, in `out` [n].
+///
+/// # Safety
+///
+/// The processor has what S names; the pointers have that many numbers.
+#[inline(always)]
+pub(crate) unsafe fn spend<S: Simd>(shares: &[f32], values: *const f32, n: usize, out: *mut f32) {
+    let mut at = 0;
     while at + LANES <= n {
         match (n - at) / LANES {
             8.. => {
@@ -593,7 +607,9 @@ mod tests {
                     let count = CHUNK.min(total - start);
                     let mut part = vec![f32::NAN; n + 2];
                     let (k, v) = (keys[start * n..].as_ptr(), values[start * n..].as_ptr());
-                    attend::<S>(q.as_ptr(), k, v, n, count, part.as_mut_ptr());
+                    let mut scores = [f32::NAN; CHUNK];
+                    share::<S>(q.as_ptr(), k, n, count, &mut scores, part.as_mut_ptr());
+                    spend::<S>(&scores[..count], v, n, part.as_mut_ptr());
                     parts.extend(part);
                     start += count;
                 }

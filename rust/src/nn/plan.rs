@@ -4,7 +4,7 @@
 //! plan says. Used by `step`.
 
 use crate::error::Error;
-use crate::nn::kernels::CHUNK;
+use crate::nn::kernels::chunk;
 use crate::nn::pack::{invalid, Shape};
 
 /// Keys and values of a number of sequences: of each layer [slots, kv_heads, max_len, head_dim].
@@ -71,7 +71,7 @@ pub struct Row {
     pub parts: Vec<Part>,
 }
 
-/// Attention of the heads that share one key head of one row, over at most [`CHUNK`] keys.
+/// Attention of the heads that share one key head of one row, over at most [`chunk`] keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Task {
     pub row: usize,
@@ -85,6 +85,14 @@ pub(crate) struct Task {
     pub newest: bool,
 }
 
+impl Task {
+    /// Whether another task reads the very keys that this one does.
+    pub(crate) fn same_keys(&self, other: &Task) -> bool {
+        let keys = |task: &Task| (task.head, task.slot, task.start, task.count);
+        keys(self) == keys(other)
+    }
+}
+
 /// The tasks of every layer of one step.
 pub(crate) struct Plan {
     pub tasks: Vec<Task>,
@@ -95,6 +103,7 @@ pub(crate) struct Plan {
 impl Plan {
     pub(crate) fn new(s: &Shape, cache: &Cache, rows: &[Row]) -> Result<Plan, Error> {
         check(s, cache, rows)?;
+        let chunk = chunk(s.head_dim);
         let mut first_part = vec![0];
         let mut tasks = Vec::new();
         for (r, row) in rows.iter().enumerate() {
@@ -108,7 +117,7 @@ impl Plan {
             for (p, part) in row.parts.iter().chain([&own]).enumerate() {
                 let mut start = part.start;
                 while start < part.end {
-                    let count = CHUNK.min(part.end - start);
+                    let count = chunk.min(part.end - start);
                     let newest = p == row.parts.len() && start + count == part.end;
                     let slot = part.slot;
                     tasks.push(Task {

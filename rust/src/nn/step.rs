@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::slice;
 
 use crate::error::{Error, ErrorKind};
-use crate::nn::kernels::{attend, merge, norm, product, rotate, swiglu, Inputs};
+use crate::nn::kernels::{merge, norm, product, rotate, share, spend, swiglu, Inputs, CHUNK};
 use crate::nn::pack::{invalid, Format, Matrix, Model, Numbers, Shape, Weights, TILE};
 use crate::nn::plan::{Cache, Plan, Row, Task};
 #[cfg(target_arch = "x86_64")]
@@ -28,6 +28,7 @@ const PHASES: usize = 5;
 struct Own {
     inputs: Inputs,
     queries: Vec<f32>,
+    scores: Vec<[f32; CHUNK]>,
 }
 
 /// Memory that all threads share; kept from step to step.
@@ -217,8 +218,8 @@ impl Frame<'_> {
                 self.products::<S>(&layer.qkv, range, own, self.qkv, width, width, false);
             }
             1 => {
-                for task in &self.plan.tasks[range] {
-                    self.attention::<S>(index, task, own);
+                for tasks in self.plan.tasks[range].chunk_by(Task::same_keys) {
+                    self.attention::<S>(index, tasks, own);
                 }
             }
             2 => {
@@ -337,43 +338,85 @@ impl Frame<'_> {
         }
     }
 
-    /// One task of attention: the queries that share a key head over a stretch of keys.
+    /// Tasks of attention over the same keys: of all their queries first the shares of the keys,
+    /// then the values.
     #[inline(always)]
-    unsafe fn attention<S: Simd>(&self, index: usize, task: &Task, own: &mut Own) {
-        let s = &self.model.shape;
-        let (layer, n, group) = (&self.model.layers[index], s.head_dim, s.heads / s.kv_heads);
-        let position = self.rows[task.row].position;
-        let half = n / 2;
-        let cos = &self.model.cos[position * half..][..half];
-        let sin = &self.model.sin[position * half..][..half];
-        let row = self.qkv.add(task.row * layer.qkv.tiles * TILE);
+    unsafe fn attention<S: Simd>(&self, index: usize, tasks: &[Task], own: &mut Own) {
+        let (s, qkv) = (&self.model.shape, self.model.layers[index].qkv.tiles * TILE);
+        let (n, group) = (s.head_dim, s.heads / s.kv_heads);
         let (keys, values) = self.cache.layer(index);
-        if task.newest {
-            let key = slice::from_raw_parts(row.add((s.heads + task.head) * n), n);
-            let value = row.add((s.heads + s.kv_heads + task.head) * n);
-            let at = self.cache.place(s, task.slot, task.head, position);
-            let to = slice::from_raw_parts_mut(keys.add(at), n);
-            norm::<S>(key, Some(&layer.k_norm), s.eps, to);
-            rotate(to, cos, sin, 1.0);
-            values.add(at).copy_from_nonoverlapping(value, n);
-        }
+        let Task {
+            head,
+            slot,
+            start,
+            count,
+            ..
+        } = tasks[0];
+        let at = self.cache.place(s, slot, head, start);
         own.queries.resize(n, 0.0);
-        let at = self.cache.place(s, task.slot, task.head, task.start);
-        let part = self.plan.first_part[task.row] + task.index;
-        for head in task.head * group..(task.head + 1) * group {
-            let query = slice::from_raw_parts(row.add(head * n), n);
-            norm::<S>(query, Some(&layer.q_norm), s.eps, &mut own.queries);
-            rotate(&mut own.queries, cos, sin, 1.0 / (n as f32).sqrt());
-            let out = self.parts.add((part * s.heads + head) * (n + 2));
-            attend::<S>(
-                own.queries.as_ptr(),
-                keys.add(at),
-                values.add(at),
-                n,
-                task.count,
-                out,
-            );
+        own.scores.resize(tasks.len() * group, [0.0; CHUNK]);
+        for (task, scores) in tasks.iter().zip(own.scores.chunks_exact_mut(group)) {
+            let row = self.qkv.add(task.row * qkv);
+            if task.newest {
+                self.remember::<S>(index, task, row);
+            }
+            for (i, scores) in scores.iter_mut().enumerate() {
+                let query = slice::from_raw_parts(row.add((head * group + i) * n), n);
+                let scale = 1.0 / (n as f32).sqrt();
+                let gain = &self.model.layers[index].q_norm;
+                self.turned::<S>(query, gain, task.row, scale, &mut own.queries);
+                let out = self.part(task, head * group + i);
+                share::<S>(own.queries.as_ptr(), keys.add(at), n, count, scores, out);
+            }
         }
+        for (task, scores) in tasks.iter().zip(own.scores.chunks_exact(group)) {
+            for (i, scores) in scores.iter().enumerate() {
+                let out = self.part(task, head * group + i);
+                spend::<S>(&scores[..count], values.add(at), n, out);
+            }
+        }
+    }
+
+    /// Where the partial result of a task goes, of one query head.
+    #[inline(always)]
+    unsafe fn part(&self, task: &Task, head: usize) -> *mut f32 {
+        let s = &self.model.shape;
+        let part = self.plan.first_part[task.row] + task.index;
+        self.parts.add((part * s.heads + head) * (s.head_dim + 2))
+    }
+
+    /// Stores the newest key and value of a row; `row` are its queries, keys and values.
+    #[inline(always)]
+    unsafe fn remember<S: Simd>(&self, index: usize, task: &Task, row: *const f32) {
+        let (s, n) = (&self.model.shape, self.model.shape.head_dim);
+        let (keys, values) = self.cache.layer(index);
+        let at = self
+            .cache
+            .place(s, task.slot, task.head, self.rows[task.row].position);
+        let key = slice::from_raw_parts(row.add((s.heads + task.head) * n), n);
+        let gain = &self.model.layers[index].k_norm;
+        let to = slice::from_raw_parts_mut(keys.add(at), n);
+        self.turned::<S>(key, gain, task.row, 1.0, to);
+        let value = row.add((s.heads + s.kv_heads + task.head) * n);
+        values.add(at).copy_from_nonoverlapping(value, n);
+    }
+
+    /// A head of a row normed, rotated to the row's position, and scaled.
+    #[inline(always)]
+    unsafe fn turned<S: Simd>(
+        &self,
+        head: &[f32],
+        gain: &[f32],
+        row: usize,
+        scale: f32,
+        to: &mut [f32],
+    ) {
+        let half = head.len() / 2;
+        let first = self.rows[row].position * half;
+        let cos = &self.model.cos[first..][..half];
+        let sin = &self.model.sin[first..][..half];
+        norm::<S>(head, Some(gain), self.model.shape.eps, to);
+        rotate(to, cos, sin, scale);
     }
 }
 
