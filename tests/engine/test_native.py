@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -136,6 +137,22 @@ def test_a_row_does_not_depend_on_others_or_on_threads_to_the_bit():
         alone = NativeDecoder(model, weights, threads=1)
         for i, piece in enumerate(pieces):
             assert torch.equal(alone.decode([tokens[i]], [piece], runner.cache)[0], together[i])
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@torch.inference_mode()
+def test_a_model_that_is_broken_says_so(weights):
+    """What is no number does not become a reply: neither in a token's embedding nor in a matrix."""
+    if not can_step(weights):
+        pytest.skip(f"no native steps in {weights} on this processor")
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        model = random_model(SHAPES[0])
+        model.get_parameter(name)[1, 0] = float("nan")
+        runner = PackedRunner(model, deterministic=False, weights=weights)
+        runner.cache = model.new_cache(SLOTS, CONTEXT)
+        logits = runner.decode([1], [Piece(0, 0, 1)])
+        assert logits.isnan().all(), name
+        assert math.isnan(native.Draws(logits).logprobs([0])[0])
 
 
 @torch.inference_mode()

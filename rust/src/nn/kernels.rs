@@ -56,7 +56,10 @@ impl Inputs {
             for (byte, x) in bytes.iter_mut().zip(row) {
                 *byte = (x * factor + 128.5) as i32 as u8;
             }
-            self.sizes.push(largest / 127.0);
+            // a number that is none would be rounded to one: the row's scale says it instead
+            let bad = row.iter().any(|x| x.is_nan());
+            self.sizes
+                .push(if bad { f32::NAN } else { largest / 127.0 });
         }
     }
 }

@@ -159,7 +159,7 @@ impl Stepper {
         if fine {
             Ok(())
         } else {
-            Err(Error::new(ErrorKind::InvalidStep, "a decode step panicked"))
+            Err(Error::new(ErrorKind::Panicked, "a decode step panicked"))
         }
     }
 }
