@@ -164,7 +164,9 @@ def main() -> None:
     import torch
     import transformers
 
-    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"entries": []}
+    stored: dict[str, Any] = (
+        json.loads(RESULTS.read_text()) if RESULTS.exists() else {"entries": []}
+    )
     if args.shape:
         batches = tuple(int(b) for b in args.batches.split(","))
         found = infer.measure(
