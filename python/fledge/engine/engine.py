@@ -35,10 +35,10 @@ CACHE_SHARE = 0.4  # of the memory of the machine, at most, for keys and values
 class Engine:
     """Batched generation and scoring over one model and one tokenizer.
 
-    `deterministic`: results do not depend on what else runs (one bucket of rows, one chunk size,
-    tool results in the order of their calls, no reuse of earlier prompts). `weights`: float32,
-    bfloat16 or int8 (`engine.linears`). For tests: `packed=False` runs the module itself, `poison`
-    makes NaN of what is not a row's own.
+    `deterministic`: results do not depend on what else runs (sums of a row in one order, one chunk
+    size, tool results in the order of their calls, no reuse of earlier prompts). `weights`:
+    float32, bfloat16 or int8 (`engine.linears`). For tests: `packed=False` runs the module itself,
+    `poison` makes NaN of what is not a row's own.
     """
 
     def __init__(
