@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
+    if wanted.batch % wanted.context:
+        parser.error("--batch must be a multiple of --context")
     torch.set_num_threads(wanted.threads)
     keep_freed_memory()
     config = shape(wanted)
