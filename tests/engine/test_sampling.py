@@ -251,7 +251,7 @@ def test_rust_and_torch_draw_the_same_tokens(monkeypatch):
 
 def test_log_probabilities_of_one_token_are_those_of_the_table():
     if (draws := Draws.of(10 * torch.randn(40, 1000))) is None:
-        pytest.skip("the Rust module is not built")
+        pytest.skip("of the Rust module alone; it is not used here")
     logits = torch.from_numpy(draws._logits)
     tokens = torch.randint(0, 1000, (40,))
     expected = logits.double().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
@@ -261,7 +261,7 @@ def test_log_probabilities_of_one_token_are_those_of_the_table():
 
 def test_draws_of_something_else_are_refused(way):
     if way == "torch":
-        pytest.skip("the Rust module is not built")
+        pytest.skip("of the Rust module alone; it is not used here")
     draws = Draws(torch.zeros(2, 5))
     params = [SamplingParams()] * 2
     for call in (

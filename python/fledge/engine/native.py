@@ -36,7 +36,8 @@ def native_step() -> type[DecodeStep] | None:
 
 
 def can_step(weights: str) -> bool:
-    """Whether a native step is the fast way here: the processor has what its products need.
+    """Whether steps are taken natively here: the processor has what their products need. Timed on
+    AVX-512 alone (decision 046).
 
     Without the byte products of AVX-512 torch's int8 is faster; other processors than x86 are
     served by what the compiler makes of plain Rust.

@@ -1,4 +1,4 @@
-//! One decode step of a qwen3 model in one call, for small batches on a CPU.
+//! One decode step of a qwen3 model in one call, on a CPU.
 //!
 //! A step of a small model is bound by calls when a framework makes it of
 //! hundreds of operators. Here it is one call: the threads of a small team go

@@ -2,8 +2,8 @@
 //!
 //! Each layer is five phases: queries, keys and values; attention; its output
 //! and the residual; the gated half of the feed-forward layer; the other half
-//! and the residual. Then the head. Between phases the threads wait for each
-//! other, so what every thread needs (a normed row, the merged heads) each
+//! and the residual. Then the head. A phase begins when all units of the one
+//! before are done, so what every thread needs (a normed row, the merged heads) each
 //! makes for itself: that costs less than another phase. Called by `py_step`.
 //! The readable twin is Python's `fledge.engine.runner.Runner`; tests there
 //! hold the two equal.
@@ -89,11 +89,6 @@ impl Stepper {
             team: Team::new(threads),
             scratch: Scratch::default(),
         })
-    }
-
-    /// The model's sizes.
-    pub fn shape(&self) -> &Shape {
-        &self.model.shape
     }
 
     /// Reads one token of every row: stores its keys and values, and gives its logits.
